@@ -1,0 +1,23 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test slow lint
+
+demo: .venv/demo.installed
+	$(BIN)/python demo.py
+
+test: .venv/dev.installed
+	$(BIN)/python -m pytest -n 2
+
+slow: .venv/dev.installed
+	$(BIN)/python -m pytest -n 2 -m slow
+
+lint: .venv/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+.venv/%.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@

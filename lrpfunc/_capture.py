@@ -1,0 +1,306 @@
+"""From a model function to a graph of whole operations, cached for as long as it is true."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import sys
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
+
+from lrpfunc._environment import Environment, describe_tensor
+from lrpfunc._errors import CaptureError
+from lrpfunc._record import Recorder, inside_transform, recording
+
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one run of the model function on fake tensors left behind.
+
+    Attributes:
+        module: The traced operations; the placeholders are the tick and the tensor arguments.
+        outputs: How to rebuild the output from the first graph outputs: the leaves (`None` for a tensor) and the spec.
+        aux: The same for the auxiliary output.
+        recorder: The markers, which are the last graph outputs.
+        tensors: The constants of the graph, each as an index into the environment's tensors or as a frozen value.
+        stable: Whether the trace may be used again.
+    """
+
+    module: fx.GraphModule
+    outputs: tuple[list[Any], Any]
+    aux: tuple[list[Any], Any]
+    recorder: Recorder
+    tensors: dict[str, int | Tensor]
+    stable: bool
+    after_dispatch: bool
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Isolation
+
+# NOTE: [one capture at a time] torch keeps the stack of modes that trace before dispatch per process, not per thread.
+_lock = threading.Lock()
+_inside = threading.local()
+
+
+def isolated(fn: Callable[[], T]) -> T:
+    """Runs `fn` in a fresh thread, which has none of the caller's transform levels, modes or compile state."""
+    if getattr(_inside, "capture", False):
+        raise CaptureError(
+            "the model function itself calls an lrpfunc transform that has not seen these shapes yet, and one capture "
+            "cannot run inside another. Call the inner transform once with inputs of the same shapes first"
+        )
+    result: list[T] = []
+    failure: list[BaseException] = []
+    autocast = [
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    ]
+    device = torch.get_default_device()
+
+    def run() -> None:
+        _inside.capture = True
+        try:
+            with contextlib.ExitStack() as stack:
+                # A function that contains a torch.compile'd one would wait for a lock its caller holds.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(device)
+                for kind, dtype in autocast:
+                    stack.enter_context(torch.autocast(kind, dtype=dtype))
+                result.append(fn())
+        except BaseException as error:
+            failure.append(error)
+
+    context = contextvars.copy_context()
+    with _lock:
+        thread = threading.Thread(target=context.run, args=(run,), name="lrpfunc-capture")
+        thread.start()
+        thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Tracing
+
+
+class _Watch(TorchFunctionMode):
+    """Sees what a trace cannot show: transforms inside the model function, and numbers read out of tensors."""
+
+    _READS = ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__complex__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transforms = False
+        self.reads = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.transforms |= inside_transform()
+        if getattr(func, "__name__", "") in self._READS and not isinstance(args[0], FakeTensor):
+            self.reads = True
+        return func(*args, **(kwargs or {}))
+
+
+def _fake(tensor_keys: Sequence[Any], mode: FakeTensorMode) -> list[Tensor]:
+    with mode:
+        return [
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype, device, _ in tensor_keys
+        ]
+
+
+def _applied(frame: types.FrameType, event: str, arg: Any) -> Any:
+    """The class whose `apply` is being called, a C method in recent releases of torch and a Python one before."""
+    if event == "c_call" and arg.__name__ == "apply":
+        return getattr(arg, "__self__", None)
+    if event == "call" and frame.f_code.co_qualname == "Function.apply":
+        return frame.f_locals.get("cls")
+    return None
+
+
+@contextlib.contextmanager
+def _refusing_custom_functions() -> Iterator[None]:
+    """Refuses a custom `autograd.Function`: a trace would inline its forward and lose its backward.
+
+    No mode of torch's sees such a call before dispatch, but this thread's profiler does.
+    """
+
+    def profile(frame: types.FrameType, event: str, arg: Any) -> None:
+        cls = _applied(frame, event, arg)
+        # torch's own, such as the one of torch.utils.checkpoint, have nothing to lose.
+        if isinstance(cls, type) and issubclass(cls, torch.autograd.Function) and not cls.__module__.startswith("torch."):
+            found.append(cls.__qualname__)
+
+    found: list[str] = []
+    previous = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(previous)
+    if found:
+        raise CaptureError(
+            f"the model function uses the custom autograd.Function {found[0]}, whose backward a trace cannot keep: "
+            "relevance would follow the operations of its forward instead. If that is what you want, say so:\n\n"
+            "    lrpfunc.attribute(model_fn, rules, inline_functions=True)"
+        )
+
+
+def _trace(
+    model_fn: Callable[..., Any], leaves: list[Any], spec: Any, has_aux: bool, inline: bool, keys: Sequence[Any]
+) -> tuple[fx.GraphModule, Recorder, dict[str, Any], _Watch, bool]:
+    found: dict[str, Any] = {}
+
+    def call(tensors: list[Tensor]) -> list[Any]:
+        given = iter(tensors)
+        args, kwargs = pytree.tree_unflatten([next(given) if leaf is None else leaf[0] for leaf in leaves], spec)
+        output = model_fn(*args, **kwargs)
+        aux = None
+        if has_aux:
+            if not (isinstance(output, tuple) and len(output) == 2):
+                raise TypeError(
+                    f"with has_aux=True the model function must return a pair (output, aux), not {type(output).__name__}"
+                )
+            output, aux = output
+        flat: list[Any] = []
+        for name, value in (("outputs", output), ("aux", aux)):
+            values, value_spec = pytree.tree_flatten(value)
+            found[name] = ([None if isinstance(v, Tensor) else (v,) for v in values], value_spec)
+            flat.extend(v for v in values if isinstance(v, Tensor))
+        return flat
+
+    def trace(before_dispatch: bool) -> tuple[fx.GraphModule, Recorder, _Watch]:
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        tick, *tensors = _fake([((), (), torch.float32, torch.device("cpu"), None), *keys], mode)
+        watch = _Watch()
+        recorders: list[Recorder] = []
+
+        def marked(tick: Tensor, *tensors: Tensor) -> list[Tensor]:
+            recorder = Recorder(tick)
+            recorders.append(recorder)
+            with recording(recorder), watch, contextlib.nullcontext() if inline else _refusing_custom_functions():
+                outputs = call(list(tensors))
+            return [*outputs, *recorder.markers]
+
+        # `decomposition_table={}`: without it torch 2.15 turns `detach` into `alias`, which stops nothing.
+        options: dict[str, Any] = {"pre_dispatch": True} if before_dispatch else {"decomposition_table": {}}
+        module = make_fx(marked, tracing_mode="fake", _allow_non_fake_inputs=True, **options)(tick, *tensors)
+        return module, recorders[-1], watch
+
+    module, recorder, watch = trace(before_dispatch=True)
+    if after := watch.transforms:
+        # A trace before dispatch does not see the levels of transforms inside the model function.
+        module, recorder, watch = trace(before_dispatch=False)
+    return module, recorder, found, watch, after
+
+
+def _explain_failure(error: Exception) -> CaptureError:
+    return CaptureError(
+        f"the model function could not be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+        "The usual reason is Python control flow that depends on the numbers inside a tensor (`if x.sum() > 0:`, "
+        "`int(mask.sum())`). Write it with torch.where or a mask, or pass the number as a Python argument"
+    )
+
+
+_VALUE_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")
+
+
+def _capture(
+    model_fn: Callable[..., Any], leaves: list[Any], spec: Any, has_aux: bool, inline: bool, env: Environment
+) -> Trace:
+    keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+    try:
+        module, recorder, found, watch, after = isolated(
+            lambda: _trace(model_fn, static, spec, has_aux, inline, keys)
+        )
+    except Exception as error:
+        if type(error).__name__ in _VALUE_DEPENDENT:
+            raise _explain_failure(error) from error
+        raise
+    known = {id(tensor): index for index, tensor in enumerate(env.tensors)}
+    stable = not watch.reads
+    tensors: dict[str, int | Tensor] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            constant = getattr(module, node.target)
+            created = all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
+            tensors[node.target] = known.get(id(constant), constant)
+            stable &= created or id(constant) in known
+    return Trace(module, found["outputs"], found["aux"], recorder, tensors, stable, after)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+class Cache(Generic[T]):
+    """The least recently used entries go first; safe to share between threads."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._entries: OrderedDict[Hashable, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> T | None:
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
+
+    def put(self, key: Hashable, value: T) -> None:
+        with self._lock:
+            self._entries[key] = value
+            while len(self._entries) > self._size:
+                self._entries.popitem(last=False)
+
+
+def _surroundings() -> Iterator[Hashable]:
+    yield torch.get_default_dtype()
+    yield torch.get_default_device()
+    for device in ("cpu", "cuda"):
+        yield torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+
+
+def capture(
+    model_fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    has_aux: bool,
+    inline: bool,
+    build: Callable[[Trace], T],
+    cache: Cache[T],
+) -> tuple[T, list[Tensor], list[Tensor]]:
+    """The result of `build` on a trace of `model_fn(*args, **kwargs)`, from the cache if nothing has changed.
+
+    Returns:
+        What was built, the tensor leaves of the arguments and the tensors the function closes over.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    env = Environment(model_fn)
+    statics = Environment([leaf for leaf in leaves if not isinstance(leaf, Tensor)])
+    described = tuple(describe_tensor(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
+    key = (env.key, statics.key, described, spec, has_aux, inline, *_surroundings())
+    built = cache.get(key)
+    if built is None:
+        trace = _capture(model_fn, leaves, spec, has_aux, inline, env)
+        built = build(trace)
+        if trace.stable:
+            cache.put(key, built)
+    return built, [leaf for leaf in leaves if isinstance(leaf, Tensor)], env.tensors

@@ -1,0 +1,31 @@
+"""The errors users meet. Each says what is wrong, why it usually happens and the line to write."""
+
+from __future__ import annotations
+
+
+class UncoveredLayerError(ValueError):
+    """A layer is not linear and no rule covers it."""
+
+
+class RuleError(TypeError):
+    """A rule was given to a layer it cannot serve, or its hyperparameters do not fit together."""
+
+
+class TargetError(ValueError):
+    """The target does not say where in the output relevance starts."""
+
+
+class InputError(TypeError):
+    """What should be explained, or the output that explains it, is not made of floating-point tensors."""
+
+
+class NoPathError(ValueError):
+    """The output does not depend on what should be explained."""
+
+
+class LayerNotFoundError(LookupError):
+    """No layer bears a name that was asked for."""
+
+
+class CaptureError(RuntimeError):
+    """The model function cannot be captured as a pure function of tensors."""

@@ -1,0 +1,236 @@
+"""What is known of torch's operations, by their names in the schema; overloads share a name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+
+def operation_name(node: fx.Node) -> str:
+    """`"conv2d"` for a call of `aten.conv2d.default`; the function's name for a function of ours."""
+    target: Any = node.target
+    packet = getattr(target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Operations that simplification writes, and what runs in place of operations torch cannot differentiate twice
+
+
+def overwrite(base: Tensor, new: Tensor, view: Any) -> Tensor:
+    """`base` after `view(base)` was set to `new`, as a function.
+
+    The view's transpose puts `new` where it came from; an in-place write would fail under vmap.
+    """
+    if not base.is_floating_point():
+        result = base.clone()
+        view(result).copy_(new)
+        return result
+    _, transpose = torch.func.vjp(view, base)
+    (written,) = transpose(torch.ones_like(new))
+    (placed,) = transpose(new)
+    return torch.where(written != 0, placed, base)
+
+
+def copied(target: Tensor, source: Tensor) -> Tensor:
+    """`target.copy_(source)` as a function."""
+    return source.to(dtype=target.dtype, device=target.device).expand(target.shape)
+
+
+def filled(target: Tensor, value: Tensor | float) -> Tensor:
+    """`target.fill_(value)` as a function."""
+    return copied(target, torch.as_tensor(value, device=target.device))
+
+
+def zeroed(target: Tensor) -> Tensor:
+    """`target.zero_()` as a function."""
+    return torch.zeros_like(target)
+
+
+def dropout_mask(x: Tensor, p: float, name: str) -> Tensor:
+    """What dropout multiplies `x` by. Dropping out ones draws the same random numbers as the model does."""
+    return getattr(aten, name)(torch.ones_like(x).detach(), p, True)
+
+
+def batch_statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics as a batch norm in training mode leaves them."""
+    dims = [0, *range(2, x.ndim)]
+    var, mean = torch.var_mean(x.detach(), dims)
+    return (
+        None if running_mean is None else (running_mean * (1 - momentum) + mean * momentum).to(running_mean.dtype),
+        None if running_var is None else (running_var * (1 - momentum) + var * momentum).to(running_var.dtype),
+    )
+
+
+def batch_norm_affine(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+) -> Tensor:
+    """A batch norm in evaluation mode as arithmetic, differentiable in its statistics too."""
+    scale, shift = batch_norm_scale(weight, bias, running_mean, running_var, eps)
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    return x * scale.reshape(shape).to(x.dtype) + shift.reshape(shape).to(x.dtype)
+
+
+def batch_norm_scale(
+    weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The `scale` and `shift` of the affine map that a batch norm in evaluation mode is."""
+    scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
+    shift = -running_mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def _differentiated(tensor: Tensor) -> bool:
+    """Whether somebody may take derivatives with respect to `tensor`, by torch.func or by autograd."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.requires_grad:
+        return True
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def batch_norm_eval(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+) -> Tensor:
+    """torch's own batch norm, to the bit, unless somebody differentiates its statistics, which torch's cannot."""
+    if _differentiated(running_mean) or _differentiated(running_var):
+        return batch_norm_affine(x, weight, bias, running_mean, running_var, eps)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
+def batch_norm_train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """Bitwise torch's own, whose backward has no derivative."""
+    return torch.clamp(x + 3, 0, 6) / 6
+
+
+REWRITTEN: dict[Any, Any] = {aten.hardsigmoid.default: hardsigmoid}
+IN_WALK: dict[Any, Any] = {batch_norm_eval: batch_norm_affine}
+"""What the walk backwards evaluates in place of an operation of the forward pass."""
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Calling a node as it was written
+
+
+@contextlib.contextmanager
+def _surroundings(node: fx.Node) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if node.meta.get("no_grad"):
+            stack.enter_context(torch.no_grad())
+        for device, dtype, enabled, cache in node.meta.get("autocast", ()):
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        yield
+
+
+def call(node: fx.Node, args: Any, kwargs: Any, *, walking: bool = False) -> Any:
+    """Calls a node's operation, under the grad mode and autocast it was written under."""
+    target: Any = IN_WALK.get(node.target, node.target) if walking else node.target
+    if node.meta.get("no_grad") or node.meta.get("autocast"):
+        with _surroundings(node):
+            return target(*args, **kwargs)
+    return target(*args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Families of operations
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+SELECT = _names(
+    """view reshape _unsafe_view _reshape_alias flatten unflatten squeeze unsqueeze transpose permute t movedim moveaxis
+    swapaxes swapdims adjoint mT expand expand_as broadcast_to contiguous clone alias to _to_copy type_as slice select
+    narrow split split_with_sizes chunk unbind tensor_split hsplit vsplit dsplit cat concat concatenate stack hstack
+    vstack dstack column_stack index index_select gather take take_along_dim flip fliplr flipud roll rot90 pad
+    constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+    replication_pad3d pixel_shuffle pixel_unshuffle channel_shuffle unfold im2col repeat repeat_interleave tile where
+    masked_fill masked_select masked_scatter tril triu diagonal as_strided slice_scatter select_scatter
+    diagonal_scatter scatter index_put atleast_1d atleast_2d atleast_3d ravel squeeze_copy lift_fresh_copy detach_copy
+    overwrite copied view_as reshape_as float double half bfloat16 cuda cpu meshgrid embedding index_copy index_fill
+    native_channel_shuffle view_copy expand_copy permute_copy"""
+)
+"""Each element of the output is an element of an input, or a constant."""
+
+WINNER = _names(
+    """max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d
+    amax amin max min topk sort msort kthvalue mode maximum minimum fmax fmin"""
+)
+"""Each element of the output is the element of an input that won a comparison."""
+
+SCALE = _names("mul div divide multiply true_divide neg negative")
+"""Scaling by what does not depend on the explained input."""
+
+LINEAR = _names(
+    """sum cumsum add sub subtract rsub upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
+    upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa scatter_add index_add col2im diff trace
+    fft_fft fft_rfft grid_sampler grid_sampler_2d grid_sampler_3d nansum sum_to_size lerp cumsum_ flip_sum"""
+)
+"""Linear, or affine, in the operand that depends on the explained input."""
+
+AVERAGE = _names(
+    """avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    _adaptive_avg_pool2d _adaptive_avg_pool3d mean"""
+)
+
+ACTIVATION = _names(
+    """relu relu6 leaky_relu prelu _prelu_kernel rrelu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish
+    hardsigmoid hardshrink softshrink softplus log_sigmoid threshold clamp clamp_min clamp_max clip logit"""
+)
+"""Pointwise non-linearities that networks use as activations."""
+
+ZERO_AT_ZERO = _names(
+    "relu relu6 leaky_relu prelu _prelu_kernel rrelu elu selu celu gelu silu mish tanh hardswish hardshrink softshrink"
+)
+"""Activations with `f(0) = 0`, whatever their parameters."""
+
+HOMOGENEOUS = _names("relu leaky_relu prelu _prelu_kernel")
+"""Activations with `f(x) = f'(x) x`, so that passing relevance on is the plain VJP of the multiplier."""
+
+NORMALIZATION = _names(
+    """layer_norm native_layer_norm group_norm native_group_norm instance_norm rms_norm _fused_rms_norm
+    local_response_norm batch_norm_train batch_norm native_batch_norm _native_batch_norm_legit"""
+)
+
+UNDIFFERENTIABLE = _names(
+    """detach sign sgn round floor ceil trunc floor_divide zeros_like ones_like full_like empty_like rand_like randn_like
+    new_zeros new_ones new_full new_empty bernoulli argmax argmin heaviside zeroed dropout_mask batch_statistics
+    lift_fresh"""
+)
+"""Operations no relevance passes through: their derivative is zero everywhere."""
+
+RANDOM = _names(
+    "dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout rrelu_with_noise bernoulli multinomial"
+)
+
+POSITIVE = _names("relu relu6 sigmoid softmax _softmax exp square abs softplus hardsigmoid sqrt rsqrt threshold_relu")
+"""Their result is never negative."""
+
+KEEPS_SIGN = (
+    SELECT | WINNER | AVERAGE | _names("sum add mul div upsample_nearest2d upsample_bilinear2d cumsum prelu_ dropout")
+)
+"""Their result is not negative where no operand is."""

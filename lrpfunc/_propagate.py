@@ -1,0 +1,128 @@
+"""The walk: relevance from the output back to the input, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, fx
+
+from lrpfunc._errors import RuleError, UncoveredLayerError
+from lrpfunc._graph import STRUCTURAL, BoundLayer, Graph, Kind, Layer
+from lrpfunc._message import Message, Multiplier, add
+from lrpfunc.composites import Composite
+from lrpfunc.rules import Gradient, Rule
+from lrpfunc.rules._plumbing import default_rule, several
+
+Observer = Callable[[BoundLayer, Rule, dict[fx.Node, Message], tuple[Message, ...]], None]
+
+
+def assign(graph: Graph, composite: Composite) -> dict[Layer, Rule]:
+    """The rule of every layer: the composite's, or the exact propagation of what is linear."""
+    rules: dict[Layer, Rule] = {}
+    uncovered: list[Layer] = []
+    objections: list[str] = []
+    for layer in graph.layers:
+        rule = None if layer.kind in STRUCTURAL or layer.is_tap else composite.rule_for(layer)
+        if rule is None:
+            rule = Gradient() if composite.cotangent or layer.is_tap else default_rule(layer)
+        elif reason := _objection(rule, layer):
+            objections.append(f"    {layer}\n        {rule!r}: {reason}")
+        if rule is None:
+            uncovered.append(layer)
+        else:
+            rules[layer] = rule
+    if objections:
+        raise RuleError(
+            f"{_counted(len(objections), 'layer')} cannot be served by the rule the composite gives:\n\n"
+            + "\n".join(objections)
+            + "\n\nNarrow the selector, for example `lrpfunc.name('features*') & lrpfunc.Convolution`"
+        )
+    if uncovered:
+        raise _uncovered(uncovered)
+    return rules
+
+
+def _objection(rule: Rule, layer: Layer) -> str | None:
+    if len(layer.outputs) > 1:
+        return "the operation has several outputs, and rules serve layers with one"
+    return rule.objection(layer)
+
+
+def propagate(
+    graph: Graph,
+    rules: Mapping[Layer, Rule],
+    values: Mapping[fx.Node, Any],
+    start: Mapping[fx.Node, Message],
+    observe: Observer | None = None,
+) -> dict[fx.Node, Message]:
+    """Walks back from the messages at the outputs; gives the message at every node it came by."""
+    arriving: dict[fx.Node, list[Message]] = {node: [message] for node, message in start.items()}
+    arrived: dict[fx.Node, Message] = {}
+
+    def collect(nodes: Iterable[fx.Node | None]) -> dict[fx.Node, Message]:
+        met = {node: add(arriving.pop(node), values[node]) for node in nodes if node in arriving}
+        arrived.update(met)
+        return met
+
+    for layer in reversed(graph.layers):
+        messages = collect(layer.outputs)
+        if not messages:
+            continue
+        bound = BoundLayer(layer, values)
+        if len(layer.outputs) == 1:
+            results = rules[layer].apply(bound, messages[layer.output])
+        else:
+            results = several(bound, rules[layer], messages)
+        if observe is not None:
+            observe(bound, rules[layer], messages, results)
+        # A parameter that is explained taps the layer: it takes nothing from what goes on to the inputs.
+        for node, message in (*zip(layer.inputs, results, strict=True), *_tapped(bound, messages)):
+            arriving.setdefault(node, []).append(message)
+    collect(list(arriving))
+    return arrived
+
+
+def _tapped(layer: BoundLayer, messages: dict[fx.Node, Message]) -> list[tuple[fx.Node, Message]]:
+    taps = layer.layer.taps
+    if not taps:
+        return []
+    cotangents = [_multiplier(layer, node, messages) for node in layer.layer.outputs if node is not None]
+    return [(n, Multiplier(m)) for n, m in zip(taps, layer.vjp(*cotangents, wrt=taps), strict=True)]
+
+
+def _multiplier(layer: BoundLayer, node: fx.Node, messages: dict[fx.Node, Message]) -> Tensor:
+    value = layer.values[node]
+    return messages[node].multiplier(value) if node in messages else value.new_zeros(value.shape)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Errors
+
+_SUGGESTIONS = {
+    Kind.ACTIVATION: "(lrp.Activation, lrp.Pass())",
+    Kind.BATCH_NORM: "(lrp.BatchNorm, lrp.Pass())",
+    Kind.PRODUCT: "(lrp.operation({!r}), lrp.Uniform())",
+}
+
+
+def _uncovered(layers: list[Layer]) -> UncoveredLayerError:
+    columns = [
+        (layer.name, layer.operation, f"{', '.join(map(str, layer.input_shapes))} -> {layer.output_shape}")
+        for layer in layers
+    ]
+    widths = [max(len(row[i]) for row in columns) for i in (0, 1)]
+    table = "\n".join(f"    {n:<{widths[0]}}   {o:<{widths[1]}}   {shapes}" for n, o, shapes in columns)
+    entries = dict.fromkeys(
+        _SUGGESTIONS.get(layer.kind, "(lrp.operation({!r}), lrp.Gradient())").format(layer.operation) for layer in layers
+    )
+    verb = "is" if len(layers) == 1 else "are"
+    return UncoveredLayerError(
+        f"{_counted(len(layers), 'layer')} {verb} not linear and no rule covers {'it' if verb == 'is' else 'them'}:\n\n"
+        f"{table}\n\nRelevance would be lost or invented there. Add rules in front of yours, for example\n\n"
+        f"    rules = [{', '.join(entries)}] + rules"
+    )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")

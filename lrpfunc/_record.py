@@ -1,0 +1,82 @@
+"""Where in a module a traced operation stands: markers that modules leave in the trace."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+_local = threading.local()
+
+
+def inside_transform() -> bool:
+    """Whether a torch.func transform is running in this thread."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class Recorder:
+    """Leaves markers in a trace: an `alias` of one scalar at every module's entry and exit, and of its outputs.
+
+    The markers are returned from the traced function, so that the graph's outputs tell where they stand. An alias
+    taken at exit still names the value at that moment when the tensor is changed in place afterwards.
+
+    Attributes:
+        events: `(kind, path, markers, spec)` in order of execution; `kind` is "enter" or "exit".
+    """
+
+    def __init__(self, tick: Tensor):
+        self.tick = tick
+        self.events: list[tuple[str, str, list[Tensor | None], Any]] = []
+        self._calls: Counter[str] = Counter()
+        self._stack: list[str] = []
+
+    @property
+    def markers(self) -> list[Tensor]:
+        return [marker for _, _, markers, _ in self.events for marker in markers if marker is not None]
+
+    def watch(self, module: nn.Module) -> None:
+        """Marks the calls of all submodules; `module` must be the recorder's own copy."""
+        for path, child in module.named_modules():
+            if path:
+                child.register_forward_pre_hook(self._enter(path), prepend=True)
+                child.register_forward_hook(self._exit)
+
+    def _enter(self, path: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            call = self._calls[path]
+            self._calls[path] += 1
+            self._stack.append(f"{path}@{call}" if call else path)
+            if not inside_transform():
+                self.events.append(("enter", self._stack[-1], [torch.ops.aten.alias(self.tick)], None))
+
+        return hook
+
+    def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
+        path = self._stack.pop()
+        if inside_transform():  # tensors of an inner transform must not leave it
+            return
+        leaves, spec = pytree.tree_flatten(output)
+        markers = [
+            torch.ops.aten.alias(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
+            for leaf in leaves
+        ]
+        self.events.append(("exit", path, [torch.ops.aten.alias(self.tick), *markers], spec))
+
+
+def current_recorder() -> Recorder | None:
+    return getattr(_local, "recorder", None)
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    previous, _local.recorder = current_recorder(), recorder
+    try:
+        yield
+    finally:
+        _local.recorder = previous

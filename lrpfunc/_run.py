@@ -1,0 +1,302 @@
+"""One forward pass of a model function, ready to be explained: capture, graph, rules and values together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from lrpfunc._capture import Cache, Trace, capture
+from lrpfunc._errors import InputError, LayerNotFoundError, NoPathError
+from lrpfunc._graph import Graph, Layer, build_graph
+from lrpfunc._message import Message, Multiplier, add
+from lrpfunc._propagate import Observer, assign, propagate
+from lrpfunc._simplify import Program, functional
+from lrpfunc.composites import Composite
+from lrpfunc.rules import Rule
+
+Argnums = int | tuple[int, ...]
+Globs = str | Sequence[str] | None
+
+
+class _Built:
+    """A captured program, and the graphs built on it, one for each choice of what is explained."""
+
+    def __init__(self, trace: Trace):
+        self.program = functional(trace)
+        self.graphs: Cache[Graph] = Cache(16)
+
+
+_cache: Cache[_Built] = Cache(128)
+
+
+@dataclass(eq=False)
+class Run:
+    """A forward pass and the rules to walk back by.
+
+    Attributes:
+        values: The value of every node of the program.
+        selected: What `layers=` asked for: name, nodes and the structure of the module's output.
+    """
+
+    graph: Graph
+    composite: Composite
+    rules: dict[Layer, Rule]
+    values: dict[fx.Node, Any]
+    selected: list[tuple[str, list[fx.Node | None], Any]]
+    explained: tuple[list[fx.Node | None], Any]
+
+    @property
+    def output(self) -> Any:
+        return _rebuild(self.graph.program.outputs, self.graph.program.output_spec, self.values)
+
+    @property
+    def aux(self) -> Any:
+        return _rebuild(self.graph.program.aux, self.graph.program.aux_spec, self.values)
+
+    def walk(self, start: Sequence[Message | None], observe: Observer | None = None) -> dict[fx.Node, Message]:
+        """The message at every node, from those at the tensors of the output."""
+        messages: dict[fx.Node, Message] = {}
+        for node, message in zip(self._output_nodes(), start, strict=True):
+            if node is not None and message is not None:
+                if self.composite.cotangent:
+                    message = Multiplier(message.value)
+                messages[node] = message if node not in messages else add((messages[node], message), self.values[node])
+        return propagate(self.graph, self.rules, self.values, messages, observe)
+
+    def _output_nodes(self) -> list[fx.Node | None]:
+        nodes = iter(self.graph.program.outputs)
+        return [next(nodes) if leaf is None else None for leaf in self.graph.program.output_spec[0]]
+
+    def answer(self, arrived: dict[fx.Node, Message]) -> Any:
+        """What `attribute` returns: relevance shaped like the explained arguments, and that of the selected layers."""
+        nodes, spec = self.explained
+        relevance = pytree.tree_unflatten([self._relevance(node, arrived) for node in nodes], spec)
+        if not self.selected:
+            return relevance
+        layers = {}
+        for name, leaves, leaf_spec in self.selected:
+            layers[name] = pytree.tree_unflatten([self._relevance(leaf, arrived) for leaf in leaves], leaf_spec)
+        return relevance, layers
+
+    def _relevance(self, node: fx.Node | None, arrived: dict[fx.Node, Message]) -> Tensor | None:
+        if node is None:
+            return None
+        value = self.values[node]
+        if node not in arrived:
+            return value.new_zeros(value.shape)
+        return arrived[node].value if self.composite.cotangent else arrived[node].relevance(value)
+
+
+def _rebuild(nodes: list[fx.Node], described: tuple[list[Any], Any], values: dict[fx.Node, Any]) -> Any:
+    leaves, spec = described
+    found = iter(nodes)
+    return pytree.tree_unflatten([values[next(found)] if leaf is None else leaf[0] for leaf in leaves], spec)
+
+
+def run(
+    model_fn: Callable[..., Any],
+    composite: Composite,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    argnums: Argnums,
+    has_aux: bool,
+    layers: Globs,
+    inline_functions: bool,
+) -> Run:
+    """Runs the model function once, on the arguments as they are, and assigns the rules."""
+    built, leaves, closed = capture(
+        model_fn, args, kwargs, has_aux=has_aux, inline=inline_functions, build=_Built, cache=_cache
+    )
+    globs = (layers,) if isinstance(layers, str) else tuple(layers or ())
+    explained = _Explained(args, argnums, bool(globs))
+    key = (tuple(explained.positions), explained.others, globs)
+    graph = built.graphs.get(key)
+    if graph is None:
+        _name_inputs(built.program, args)
+        graph = _build_graph(built.program, explained, globs)
+        built.graphs.put(key, graph)
+    rules = assign(graph, composite)
+    selected = _selected(graph, globs)
+    values = built.program.run(leaves, closed)
+    return Run(graph, composite, rules, values, selected, (graph.sources, explained.spec))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What is explained
+
+
+class _Explained:
+    """The leaves of the arguments that `argnums` names, checked.
+
+    Attributes:
+        positions: For each leaf its place among all tensor leaves, `None` for integers explained at `layers=`.
+        integers: The places of the integer leaves.
+        parameters: Whether each leaf is part of the parameters: argument 0, while others carry data.
+        others: The places of the floating-point leaves of all arguments but 0.
+    """
+
+    def __init__(self, args: tuple[Any, ...], argnums: Argnums, has_layers: bool):
+        numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        for number in numbers:
+            if not -len(args) <= number < len(args):
+                raise InputError(
+                    f"argnums={argnums} names argument {number}, but the function was called with {len(args)} positional "
+                    f"arguments. For a function f(x) without parameters write argnums=0, and pass inputs by position"
+                )
+        numbers = tuple(number % len(args) for number in numbers)
+        places = self._places(args)
+        self.others = tuple(
+            place for n, group in enumerate(places[1:], 1) for leaf, place in group if place is not None and _floating(leaf)
+        )
+        explained = tuple(args[number] for number in numbers)
+        self.spec = pytree.tree_structure(explained[0] if isinstance(argnums, int) else explained)
+        self.positions: list[int | None] = []
+        self.integers: list[int] = []
+        self.parameters: list[bool] = []
+        for number in numbers:
+            paths = [path for path, _ in pytree.tree_flatten_with_path(args[number])[0]]
+            for path, (leaf, place) in zip(paths, places[number], strict=True):
+                self._add(leaf, place, number, path_name(path), has_layers)
+
+    @staticmethod
+    def _places(args: tuple[Any, ...]) -> list[list[tuple[Any, int | None]]]:
+        """For each argument its leaves, and the place of each tensor leaf among all."""
+        count = 0
+        places = []
+        for arg in args:
+            group: list[tuple[Any, int | None]] = []
+            for leaf in pytree.tree_leaves(arg):
+                group.append((leaf, count if isinstance(leaf, Tensor) else None))
+                count += isinstance(leaf, Tensor)
+            places.append(group)
+        return places
+
+    def _add(self, leaf: Any, place: int | None, number: int, path: str, has_layers: bool) -> None:
+        where = f"argument {number}" + (f" at `{path}`" if path else "")
+        if place is not None and _floating(leaf):
+            self.positions.append(place)
+            self.parameters.append(number == 0 and bool(self.others))
+            return
+        if place is not None and not leaf.is_complex() and has_layers:
+            self.positions.append(None)
+            self.integers.append(place)
+            return
+        if place is None and leaf is None:
+            self.positions.append(None)
+            return
+        kind = f"a tensor of {leaf.dtype}" if place is not None else f"{leaf!r}, which is no tensor"
+        raise InputError(
+            f"relevance cannot be given to {where}: it is {kind}, and relevance is a floating-point number for each "
+            "element. For images write x.float(); for token ids explain the embeddings instead, "
+            "with layers='name.of.the.embedding'" + self._suggest_argnums(number)
+        )
+
+    def _suggest_argnums(self, number: int) -> str:
+        return "; to explain another argument, set argnums" if number == 1 else ""
+
+
+def _floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def path_name(path: Any) -> str:
+    """The path of a leaf of a pytree, with dots: `"encoder.0.weight"`."""
+    return ".".join(str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))) for entry in path)
+
+
+def _name_inputs(program: Program, args: tuple[Any, ...]) -> None:
+    """Writes the path of each parameter on its placeholder, for layers that have no module."""
+    if args:
+        paths = pytree.tree_flatten_with_path(args[0])[0]
+        tensors = [(path_name(path), leaf) for path, leaf in paths if isinstance(leaf, Tensor)]
+        for node, (path, _) in zip(program.inputs, tensors, strict=False):
+            node.meta["path"] = path or None
+
+
+def _build_graph(program: Program, explained: _Explained, globs: tuple[str, ...]) -> Graph:
+    for node in program.outputs:
+        _check_output(node)
+    sources = [None if place is None else program.inputs[place] for place in explained.positions]
+    taps = [n for n, is_tap in zip([s for s in sources if s], explained.parameters, strict=True) if is_tap]
+    data = [n for n in sources if n is not None and n not in taps]
+    if taps and not data:
+        data = [program.inputs[place] for place in explained.others]
+    if explained.integers:
+        data += _named_nodes(program, globs, [program.inputs[place] for place in explained.integers])
+    graph = build_graph(program, data, taps, sources)
+    reached = {node for layer in graph.layers for node in layer.inputs} | set(program.outputs)
+    if not any(node in reached for node in (*data, *taps)):
+        raise NoPathError(
+            "the output does not depend on what should be explained, or only through operations that stop "
+            "derivatives (detach, no_grad, comparisons, rounding). Check argnums, and that the model function does not "
+            "detach its input"
+        )
+    return graph
+
+
+def _check_output(node: fx.Node) -> None:
+    value = node.meta["val"]
+    if not value.is_floating_point():
+        raise InputError(
+            f"the output has a tensor of {value.dtype} and shape {tuple(value.shape)}, where relevance, a floating-point "
+            "number, cannot start. Return the scores before argmax or a comparison, and other results as aux, with "
+            "has_aux=True"
+        )
+
+
+def _named_nodes(program: Program, globs: tuple[str, ...], integers: list[fx.Node]) -> list[fx.Node]:
+    """Where explaining starts when the input is made of integers: the outputs of the modules that were named."""
+    named = [leaf for name, leaves, _ in program.modules if _matches(name, globs) for leaf in leaves if leaf is not None]
+    behind = set(integers)
+    for node in program.graph.nodes:
+        if any(n in behind for n in node.all_input_nodes):
+            behind.add(node)
+    found = [node for node in named if node in behind]
+    if not found:
+        raise _not_found(globs, [name for name, _, _ in program.modules])
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------
+# layers=
+
+
+def _matches(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _selected(graph: Graph, globs: tuple[str, ...]) -> list[tuple[str, list[fx.Node | None], Any]]:
+    selected = []
+    merged: set[fx.Node] = {n for layer in graph.layers if len(layer.nodes) > 1 for n in layer.nodes[-1:]}
+    taken: dict[tuple[fx.Node, ...], str] = {}
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) and any(leaves) for name, leaves, _ in graph.entries):
+            raise _not_found((glob,), [name for name, leaves, _ in graph.entries if any(leaves)])
+    for name, leaves, spec in graph.entries:
+        nodes = tuple(leaf for leaf in leaves if leaf is not None)
+        if not nodes or not _matches(name, globs):
+            continue
+        # A convolution and the batch norm merged into it have one relevance, under the first of their names.
+        if len(nodes) == 1 and nodes[0] in merged and nodes in taken and _leaf_module(name, taken[nodes]):
+            continue
+        taken.setdefault(nodes, name)
+        selected.append((name, leaves, spec))
+    return selected
+
+
+def _leaf_module(name: str, earlier: str) -> bool:
+    return not earlier.startswith(f"{name}.")
+
+
+def _not_found(globs: tuple[str, ...], names: list[str]) -> LayerNotFoundError:
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return LayerNotFoundError(
+        f"layers={globs[0] if len(globs) == 1 else list(globs)!r} matches no layer that depends on the explained input. "
+        f"The names are {shown or 'none'}. A glob matches whole names: write '*conv1' for 'layer1.0.conv1'"
+    )

@@ -1,0 +1,359 @@
+"""From a trace to a functional program: no mutation, no markers, no modes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from lrpfunc._capture import Trace
+from lrpfunc._errors import CaptureError
+from lrpfunc._operations import (
+    REWRITTEN,
+    aten,
+    batch_norm_eval,
+    batch_norm_train,
+    batch_statistics,
+    call,
+    copied,
+    dropout_mask,
+    filled,
+    operation_name,
+    overwrite,
+    zeroed,
+)
+
+
+@dataclass(eq=False)
+class Program:
+    """A model function as a graph without side effects.
+
+    Each call node's `meta` has `val`, a fake tensor like its result, `scopes`, the modules around it from the outside
+    in, and `no_grad` and `autocast`, what it was written under.
+
+    Attributes:
+        inputs: The placeholders of the tensor arguments.
+        closed: The placeholders of the closed-over tensors: each an index into the environment, or a constant.
+        modules: `(name, leaves, spec)` of every module's output, in order of execution; a leaf is a node or `None`.
+    """
+
+    graph: fx.Graph
+    inputs: list[fx.Node]
+    closed: list[tuple[fx.Node, int | Tensor]]
+    outputs: list[fx.Node]
+    output_spec: tuple[list[Any], Any]
+    aux: list[fx.Node]
+    aux_spec: tuple[list[Any], Any]
+    modules: list[tuple[str, list[fx.Node | None], Any]]
+
+    def run(self, leaves: Sequence[Tensor], environment: Sequence[Tensor]) -> dict[fx.Node, Any]:
+        """The value of every node: the forward pass, as the model wrote it."""
+        values: dict[fx.Node, Any] = dict(zip(self.inputs, leaves, strict=True))
+        for node, source in self.closed:
+            values[node] = environment[source] if isinstance(source, int) else source
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = call(node, args, kwargs)
+        return values
+
+
+@dataclass(frozen=True)
+class _View:
+    """A chain of view operations as one function."""
+
+    chain: tuple[fx.Node, ...]
+
+    def __call__(self, base: Any) -> Any:
+        for node in self.chain:
+            base = node.target(base, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        return base
+
+
+def _storages(node: fx.Node) -> set[int]:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+
+
+class _Functionalizer:
+    """Copies a traced graph node by node; each tensor that is changed in place gets a node per version.
+
+    An original node that is a view of another, its *root*, is derived anew from the root's current version whenever
+    the root was written to since.
+    """
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        self.graph = fx.Graph()
+        self.current: dict[fx.Node, Any] = {}
+        self.root: dict[fx.Node, fx.Node] = {}
+        self.chain: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self.version: dict[fx.Node, int] = {}
+        self.made: dict[fx.Node, int] = {}
+        self.scopes: list[str] = []
+        self.no_grad = False
+        self.autocast: dict[fx.Node, tuple[Any, ...]] = {}
+
+    # -- reading and writing tensors of the traced graph
+
+    def emit(self, target: Any, args: Any, kwargs: Any = None, like: Any = None) -> fx.Node:
+        node = self.graph.call_function(target, tuple(args), kwargs or {})
+        node.meta = {
+            "val": like,
+            "scopes": tuple(self.scopes),
+            "no_grad": self.no_grad,
+            "autocast": tuple(self.autocast.values()),
+        }
+        return node
+
+    def define(self, old: fx.Node, new: Any, parent: fx.Node | None = None) -> None:
+        """Says that `old` is `new`; and a view of `parent`, if it is one."""
+        self.current[old] = new
+        self.root[old] = old if parent is None else self.root[parent]
+        self.chain[old] = () if parent is None else (*self.chain[parent], old)
+        self.version.setdefault(self.root[old], 0)
+        self.made[old] = self.version[self.root[old]]
+
+    def read(self, old: fx.Node) -> fx.Node:
+        root = self.root[old]
+        if self.made[old] != self.version[root]:
+            value = self.current[root]
+            for view in self.chain[old]:
+                value = self.emit(view.target, (value, *view.args[1:]), view.kwargs, view.meta.get("val"))
+            self.current[old] = value
+            self.made[old] = self.version[root]
+        return self.current[old]
+
+    def write(self, old: fx.Node, new: fx.Node) -> None:
+        root = self.root[old]
+        if root.op != "call_function":
+            self._refuse(root)
+        new_root = new
+        if self.chain[old]:
+            new_root = self.emit(overwrite, (self.read(root), new, _View(self.chain[old])), None, root.meta.get("val"))
+        self.version[root] += 1
+        self.current[root], self.made[root] = new_root, self.version[root]
+        self.current[old], self.made[old] = new, self.version[root]
+
+    def _refuse(self, root: fx.Node) -> None:
+        kind = "closes over" if root.op == "get_attr" else "was given"
+        scope = self.scopes[-1] if self.scopes else ""
+        raise CaptureError(
+            f"the model function changes in place a tensor of shape {tuple(root.meta['val'].shape)} that it {kind}"
+            + (f", in the module `{scope}`. " if scope else ". ")
+            + "A function that is transformed must leave its arguments alone. The usual reason is a batch norm in "
+            "training mode, which updates its running statistics: capture it with\n\n"
+            "    model_fn, params = lrpfunc.from_module(module, return_buffers=True)\n"
+            "    relevance_fn = lrpfunc.attribute(model_fn, rules, has_aux=True)   # aux: the updated buffers\n\n"
+            "or call module.eval(). For an operation such as `x += 1`, write `x = x + 1`"
+        )
+
+    # -- one traced node at a time
+
+    def run(self) -> None:
+        markers = self._markers()
+        placeholders = [node for node in self.trace.module.graph.nodes if node.op == "placeholder"]
+        for node in self.trace.module.graph.nodes:
+            if node in markers:
+                self._mark(node, *markers[node])
+            elif node.op in ("placeholder", "get_attr"):
+                if node is not placeholders[0]:
+                    self._input(node)
+            elif node.op == "call_function":
+                self._call(node)
+
+    def _markers(self) -> dict[fx.Node, tuple[int, int]]:
+        """The nodes whose only purpose is to mark: the event each belongs to, and its place there."""
+        returned = self._returned()
+        markers = {}
+        position = len(returned) - len(self.trace.recorder.markers)
+        for event, (_, _, tensors, _) in enumerate(self.trace.recorder.events):
+            for place, tensor in enumerate(tensors):
+                if tensor is not None:
+                    markers[returned[position]] = (event, place)
+                    position += 1
+        return markers
+
+    def _returned(self) -> list[fx.Node]:
+        (output,) = (node for node in self.trace.module.graph.nodes if node.op == "output")
+        return list(output.args[0])
+
+    def _mark(self, node: fx.Node, event: int, place: int) -> None:
+        kind, path, _, _ = self.trace.recorder.events[event]
+        if place > 0:
+            self.current[node] = self.read(node.args[0])  # type: ignore[arg-type]
+        elif kind == "enter":
+            self.scopes.append(path)
+        else:
+            self.scopes.pop()
+
+    def _input(self, node: fx.Node) -> None:
+        new = self.graph.placeholder(node.name)
+        value = node.meta.get("val")
+        if value is None and node.op == "get_attr":
+            value = getattr(self.trace.module, str(node.target))
+            node.meta["val"] = value
+        new.meta = {"val": value, "scopes": (), "no_grad": False, "autocast": ()}
+        self.define(node, new)
+
+    def _call(self, node: fx.Node) -> None:
+        target: Any = node.target
+        name = operation_name(node)
+        if target is torch._C._set_grad_enabled:
+            self.no_grad = not node.args[0]
+        elif name == "_enter_autocast":
+            device, dtype, enabled, cache = (*node.args, *([None] * (4 - len(node.args))))
+            self.autocast[node] = (device, dtype, True if enabled is None else enabled, cache)
+        elif name == "_exit_autocast":
+            self.autocast.pop(node.args[0], None)  # type: ignore[arg-type]
+        elif name == "batch_norm" or name in ("native_batch_norm", "_native_batch_norm_legit"):
+            self._batch_norm(node)
+        elif name == "instance_norm" and node.args[3] is not None and node.args[5]:
+            self._refuse(node.args[3])  # type: ignore[arg-type]
+        elif name in ("dropout", "feature_dropout", "dropout_", "feature_dropout_"):
+            self._dropout(node, name)
+        elif isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            self._mutation(node)
+        else:
+            self._plain(node)
+
+    def _mapped(self, node: fx.Node) -> tuple[Any, Any]:
+        return fx.node.map_arg((node.args, node.kwargs), self.read)  # type: ignore[return-value]
+
+    def _plain(self, node: fx.Node) -> None:
+        if node.target is operator.getitem and isinstance(self.current[node.args[0]], tuple):  # type: ignore[index]
+            return self.define(node, self.current[node.args[0]][node.args[1]])  # type: ignore[index]
+        args, kwargs = self._mapped(node)
+        target: Any = REWRITTEN.get(node.target, node.target)
+        if self.trace.after_dispatch and target in (aten.view.default, aten._unsafe_view.default):
+            target = aten.reshape.default  # a trace after dispatch is specialised to the strides it saw
+        new = self.emit(target, args, kwargs, node.meta.get("val"))
+        self.define(node, new, self._viewed(node))
+
+    def _viewed(self, node: fx.Node) -> fx.Node | None:
+        """The operand that `node` is a view of: the one whose memory it shares."""
+        storages = _storages(node)
+        first = node.args[0] if node.args else None
+        if isinstance(first, fx.Node) and first in self.root and storages & _storages(first):
+            return first
+        return None
+
+    def _mutation(self, node: fx.Node) -> None:
+        target: Any = node.target
+        written = [i for i, a in enumerate(target._schema.arguments) if a.alias_info and a.alias_info.is_write]
+        functional = self._functional(target)
+        if written != [0] or functional is None:
+            raise CaptureError(
+                f"the operation `{target}` changes a tensor in place and has no form without side effects that "
+                "lrpfunc knows. Write it with the operation that returns its result"
+            )
+        self_node: Any = node.args[0]
+        args, kwargs = self._mapped(node)
+        before, after = self_node.meta["val"], node.meta["val"]
+        new = self.emit(functional, args, kwargs, after)
+        if before.shape != after.shape or before.stride() != after.stride():  # squeeze_, t_: a new view, no new numbers
+            self.define(node, new)
+            self.current[self_node], self.made[self_node] = new, self.version[self.root[self_node]]
+            return
+        if functional is not copied and not target._schema.name.startswith("aten::to"):
+            new = self._keep_dtype(new, args[0], after)
+        self.write(self_node, new)
+        self.root[node], self.chain[node] = self.root[self_node], self.chain[self_node]
+        self.current[node], self.made[node] = new, self.made[self_node]
+
+    def _keep_dtype(self, new: fx.Node, old: fx.Node, like: Tensor) -> fx.Node:
+        """An operation in place keeps its tensor's dtype where the functional one would promote."""
+        dtypes = {arg.meta["val"].dtype for arg in new.all_input_nodes if isinstance(arg.meta["val"], Tensor)}
+        return new if dtypes == {like.dtype} else self.emit(copied, (old, new), None, like)
+
+    @staticmethod
+    def _functional(target: Any) -> Any:
+        name = target._schema.name.removeprefix("aten::")
+        special = {"copy_": copied, "fill_": filled, "zero_": zeroed, "detach_": aten.detach.default}
+        if name in special:
+            return special[name]
+        packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
+        found = getattr(packet, target._overloadname, None)
+        return REWRITTEN.get(found, found)
+
+    def _dropout(self, node: fx.Node, name: str) -> None:
+        old: Any = node.args[0]
+        (x, p, training), _ = self._mapped(node)
+        like = node.meta["val"]
+        new = x
+        if training and p > 0:
+            mask = self.emit(dropout_mask, (x, p, name.removesuffix("_")), None, like)
+            new = self.emit(aten.mul.Tensor, (x, mask), None, like)
+        if name.endswith("_") and new is not x:
+            self.write(old, new)
+        # Without dropout the result is the operand itself, and a later write to one is a write to both.
+        self.define(node, new, None)
+        if new is x or name.endswith("_"):
+            self.root[node], self.chain[node], self.made[node] = self.root[old], self.chain[old], self.made[old]
+
+    def _batch_norm(self, node: fx.Node) -> None:
+        (x, weight, bias, mean, var, training, momentum, eps, *_), _ = self._mapped(node)
+        native = operation_name(node) != "batch_norm"
+        like = node.meta["val"][0] if native else node.meta["val"]
+        if not training:
+            new = self.emit(batch_norm_eval, (x, weight, bias, mean, var, eps), None, like)
+        else:
+            new = self.emit(batch_norm_train, (x, weight, bias, eps), None, like)
+            self._update_statistics(node, x, mean, var, momentum)
+        self.define(node, (new,) if native else new)
+
+    def _update_statistics(self, node: fx.Node, x: fx.Node, mean: Any, var: Any, momentum: float) -> None:
+        if mean is None and var is None:
+            return
+        statistics = self.emit(batch_statistics, (x, mean, var, momentum), None, None)
+        for index, old in enumerate(node.args[3:5]):
+            if isinstance(old, fx.Node):
+                like = old.meta["val"]
+                self.write(old, self.emit(_item, (statistics, index), None, like))
+
+
+def _item(values: Any, index: int) -> Any:
+    return values[index]
+
+
+def functional(trace: Trace) -> Program:
+    """The traced model function without side effects."""
+    functionalizer = _Functionalizer(trace)
+    functionalizer.run()
+    current = functionalizer.current
+    returned = functionalizer._returned()
+    results = [functionalizer.read(node) for node in returned[: len(returned) - len(trace.recorder.markers)]]
+    count = trace.outputs[0].count(None)
+    functionalizer.graph.output(tuple(results))
+    _drop_dead(functionalizer.graph)
+
+    alive = set(functionalizer.graph.nodes)
+    markers = {place: node for node, place in functionalizer._markers().items()}
+    modules = []
+    for event, (kind, path, tensors, spec) in enumerate(trace.recorder.events):
+        if kind == "exit":
+            leaves = [None if t is None else current[markers[event, i]] for i, t in enumerate(tensors[1:], 1)]
+            modules.append((path, [leaf if leaf in alive else None for leaf in leaves], spec))
+    traced = list(trace.module.graph.nodes)
+    return Program(
+        graph=functionalizer.graph,
+        inputs=[current[node] for node in traced if node.op == "placeholder" and node in current],
+        closed=[(current[node], trace.tensors[str(node.target)]) for node in traced if node.op == "get_attr"],
+        outputs=results[:count],
+        output_spec=trace.outputs,
+        aux=results[count:],
+        aux_spec=trace.aux,
+        modules=modules,
+    )
+
+
+def _drop_dead(graph: fx.Graph) -> None:
+    """Drops what no output needs, random operations too; placeholders stay."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)

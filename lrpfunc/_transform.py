@@ -1,0 +1,208 @@
+"""What users call: `attribute`, `attribute_and_value` and `vjp`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch.utils._pytree as pytree
+
+from lrpfunc._equality import Description
+from lrpfunc._errors import InputError
+from lrpfunc._run import Argnums, Globs, Run, run
+from lrpfunc._target import Contrast, OneHot, Target, relevances, start
+from lrpfunc.composites import Composite, Entry, as_composite
+
+Rules = Composite | Iterable[Entry] | None
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Attribution(Description):
+    """The function that `attribute` or `attribute_and_value` returns; it pickles, compares, hashes and prints."""
+
+    model_fn: Callable[..., Any]
+    rules: Composite
+    argnums: Argnums
+    has_aux: bool
+    layers: Globs
+    inline_functions: bool
+    with_value: bool
+
+    def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any:
+        forward = run_forward(self, args, kwargs)
+        relevance = forward.answer(forward.walk(start(target, forward.output)))
+        match self.with_value, self.has_aux:
+            case False, False:
+                return relevance
+            case False, True:
+                return relevance, forward.aux
+            case True, False:
+                return relevance, forward.output
+            case _:
+                return relevance, (forward.output, forward.aux)
+
+
+def run_forward(attribution: Attribution, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+    return run(
+        attribution.model_fn,
+        attribution.rules,
+        args,
+        kwargs,
+        argnums=attribution.argnums,
+        has_aux=attribution.has_aux,
+        layers=attribution.layers,
+        inline_functions=attribution.inline_functions,
+    )
+
+
+def attribute(
+    model_fn: Callable[..., Any],
+    rules: Rules = None,
+    *,
+    argnums: Argnums = 1,
+    has_aux: bool = False,
+    layers: Globs = None,
+    inline_functions: bool = False,
+) -> Attribution:
+    """Transforms a model function into one that explains it: the relevance of an argument for the output.
+
+    The result is an ordinary function of tensors, in the grammar of `torch.func.grad`: it composes with `grad`,
+    `vmap`, `jacrev` and `jacfwd`, and every derivative is exact.
+
+    Args:
+        model_fn: A pure function such as `f(params, x)`, from `from_module` or written by hand. Parameters come
+            first: an explained argument 0 is taken to be parameters if another argument has floating-point tensors.
+        rules: Which rule serves which layer: a composite or a list of pairs `(selector, rule)`.
+        argnums: The argument to explain, or a tuple of several.
+        has_aux: Whether `model_fn` returns `(output, aux)`.
+        layers: A glob, or several, on module paths, where relevance is wanted too; `*` crosses dots. In a function
+            without modules, on the names that `explain` prints.
+        inline_functions: Explain the forward of a custom `autograd.Function` instead of refusing it.
+
+    Returns:
+        `f(*args, target=None, **kwargs)`, which returns relevance shaped like `args[argnums]` (a tuple for a tuple);
+        with `layers`, `(relevance, {name: relevance})`; with `has_aux`, `(that, aux)`. `target` says where relevance
+        starts: an integer or integer tensor indexes the last axis of an output of 1 or 2 dimensions, one for all
+        samples or one each; a floating-point tensor like the output, or a function from the output to one, is the
+        starting relevance itself; `None` starts with the output.
+
+    Raises:
+        UncoveredLayerError: If a layer is not linear and no rule covers it.
+        RuleError: If a rule is given to a layer it cannot serve.
+        TargetError: If the target does not fit the output.
+        InputError: If what is explained, or the output, is not made of floating-point tensors.
+        NoPathError: If the output does not depend on what is explained.
+        LayerNotFoundError: If `layers` matches nothing.
+        CaptureError: If the model function is not pure, or cannot be traced.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> def model_fn(params, x):
+        ...     return torch.relu(x @ params["hidden"]) @ params["head"]
+        >>> params = {"hidden": torch.tensor([[1.0, -1.0], [2.0, 0.5]]), "head": torch.eye(2)}
+        >>> relevance_fn = lrp.attribute(model_fn, lrp.epsilon())
+        >>> relevance_fn(params, torch.tensor([[1.0, 3.0]]), target=0)
+        tensor([[1.0000, 6.0000]])
+
+    References:
+        S. Bach et al., "On pixel-wise explanations for non-linear classifier decisions by layer-wise relevance
+        propagation", PLOS ONE 10(7), 2015.
+    """
+    return _attribution(model_fn, rules, argnums, has_aux, layers, inline_functions, with_value=False)
+
+
+def attribute_and_value(
+    model_fn: Callable[..., Any],
+    rules: Rules = None,
+    *,
+    argnums: Argnums = 1,
+    has_aux: bool = False,
+    layers: Globs = None,
+    inline_functions: bool = False,
+) -> Attribution:
+    """Like `attribute`, and returns the model's output as well, from the same single forward pass.
+
+    Args:
+        model_fn: As for `attribute`.
+        rules: As for `attribute`.
+        argnums: As for `attribute`.
+        has_aux: As for `attribute`.
+        layers: As for `attribute`.
+        inline_functions: As for `attribute`.
+
+    Returns:
+        A function that returns `(relevance, output)`; with `has_aux`, `(relevance, (output, aux))`, in the order of
+        `torch.func.grad_and_value`.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> fn = lrp.attribute_and_value(lambda w, x: x @ w, lrp.epsilon())
+        >>> fn(torch.ones(2, 1), torch.tensor([[1.0, 3.0]]), target=0)
+        (tensor([[1.0000, 3.0000]]), tensor([[4.]]))
+    """
+    return _attribution(model_fn, rules, argnums, has_aux, layers, inline_functions, with_value=True)
+
+
+def _attribution(
+    model_fn: Callable[..., Any],
+    rules: Rules,
+    argnums: Argnums,
+    has_aux: bool,
+    layers: Globs,
+    inline_functions: bool,
+    *,
+    with_value: bool,
+) -> Attribution:
+    if not callable(model_fn):
+        raise InputError(
+            f"model_fn must be a function such as f(params, x), not {type(model_fn).__name__}; for a module write\n\n"
+            "    model_fn, params = lrpfunc.from_module(module)"
+        )
+    argnums = argnums if isinstance(argnums, int) else tuple(argnums)
+    layers = layers if layers is None or isinstance(layers, str) else tuple(layers)
+    return Attribution(model_fn, as_composite(rules), argnums, has_aux, layers, inline_functions, with_value)
+
+
+def vjp(
+    model_fn: Callable[..., Any],
+    rules: Rules,
+    *primals: Any,
+    argnums: Argnums = 1,
+    has_aux: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    """Runs a model function once and returns what pulls relevance back through that run, as `torch.func.vjp` does.
+
+    Args:
+        model_fn: As for `attribute`.
+        rules: As for `attribute`. With `gradient()` this is `torch.func.vjp`.
+        *primals: The arguments of `model_fn`.
+        argnums: The argument to explain, or a tuple of several.
+        has_aux: Whether `model_fn` returns `(output, aux)`.
+        **kwargs: Keyword arguments of `model_fn`.
+
+    Returns:
+        `(output, pullback)`, or `(output, pullback, aux)`. `pullback` takes starting relevance, a pytree of tensors
+        like the output, and returns relevance shaped like `primals[argnums]`, a tuple only for a tuple `argnums`.
+        Call it, or `vmap` it, as often as you like.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> output, pullback = lrp.vjp(lambda w, x: x @ w, lrp.epsilon(), torch.eye(2), torch.tensor([[1.0, 3.0]]))
+        >>> torch.vmap(pullback)(torch.diag_embed(output[0])[:, None])
+        tensor([[[1.0000, 0.0000]],
+        <BLANKLINE>
+                [[0.0000, 3.0000]]])
+    """
+    attribution = _attribution(model_fn, rules, argnums, has_aux, None, False, with_value=False)
+    forward = run_forward(attribution, primals, kwargs)
+    output = forward.output
+    leaves, spec = pytree.tree_flatten(output)
+
+    def pullback(relevance: Any) -> Any:
+        return forward.answer(forward.walk(relevances(relevance, leaves, spec)))
+
+    return (output, pullback, forward.aux) if has_aux else (output, pullback)
+

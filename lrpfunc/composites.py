@@ -1,0 +1,345 @@
+"""Composites: which rule serves which layer, and the recipes of the literature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from lrpfunc._equality import Description
+from lrpfunc._graph import Layer
+from lrpfunc._message import Stabilizer
+from lrpfunc._select import Activation, AvgPool, BatchNorm, Convolution, Dense, ReLU, Selector, Sum, first
+from lrpfunc.rules import (
+    AlphaBeta,
+    Epsilon,
+    Flat,
+    Gamma,
+    Gradient,
+    Norm,
+    Pass,
+    ReLUBetaSmooth,
+    ReLUDeconvNet,
+    ReLUGuidedBackprop,
+    Rule,
+    ZBox,
+    ZPlus,
+)
+from lrpfunc.rules._rule import ZeroParams
+
+Entry = tuple[Callable[[Layer], bool], Rule]
+Stab = float | Tensor | Stabilizer
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Composite(Description):
+    """An ordered collection of `(selector, rule)`; the first selector that matches a layer decides.
+
+    `mine + composite` puts mine first; a list of pairs may stand on either side.
+
+    Args:
+        entries: The pairs. A selector is any `Layer -> bool`.
+        cotangent: Whether what travels is a cotangent, as in guided backprop: layers without an entry take their
+            plain VJP, and the answer is the cotangent at the input, not multiplied by it.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> rules = lrp.Composite([(lrp.Dense, lrp.Epsilon(0.1))]) + lrp.epsilon_plus()
+        >>> rules.entries[0]
+        (Dense, Epsilon(epsilon=0.1, zero_params=None))
+    """
+
+    entries: Sequence[Entry]
+    cotangent: bool = False
+
+    def __post_init__(self) -> None:
+        entries = tuple(self.entries)
+        for entry in entries:
+            if not (isinstance(entry, tuple) and len(entry) == 2 and callable(entry[0]) and isinstance(entry[1], Rule)):
+                raise TypeError(
+                    f"a composite is made of pairs (selector, rule), not of {entry!r}; for example\n\n"
+                    "    lrpfunc.Composite([(lrpfunc.Dense, lrpfunc.Epsilon())])"
+                )
+        object.__setattr__(self, "entries", entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __add__(self, other: Composite | Iterable[Entry]) -> Composite:
+        other = as_composite(other)
+        return Composite((*self.entries, *other.entries), self.cotangent or other.cotangent)
+
+    def __radd__(self, other: Iterable[Entry]) -> Composite:
+        return as_composite(other) + self
+
+    def rule_for(self, layer: Layer) -> Rule | None:
+        """The rule of the first entry that matches."""
+        return next((rule for selector, rule in self.entries if selector(layer)), None)
+
+
+def as_composite(rules: Composite | Iterable[Entry] | None) -> Composite:
+    """What users may give for `rules`, as a composite."""
+    if rules is None:
+        return epsilon_plus()
+    if isinstance(rules, Rule):
+        raise TypeError(
+            f"rules must say which layers {rules!r} is for; write, for example\n\n"
+            f"    lrpfunc.attribute(model_fn, [(lrpfunc.Dense | lrpfunc.Convolution, {rules!r})] + lrpfunc.epsilon())"
+        )
+    return rules if isinstance(rules, Composite) else Composite(tuple(rules))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+def _base(stabilizer: Stab) -> tuple[Entry, ...]:
+    norm = Norm(stabilizer)
+    return ((Activation, Pass()), (Sum, norm), (AvgPool, norm), (BatchNorm, Pass()))
+
+
+def _recipe(
+    convolution: Rule, dense: Rule, stabilizer: Stab, first_layer: tuple[Selector, Rule] | None = None
+) -> Composite:
+    start: tuple[Entry, ...] = () if first_layer is None else ((first(first_layer[0]), first_layer[1]),)
+    return Composite((*start, *_base(stabilizer), (Convolution, convolution), (Dense, dense)))
+
+
+def epsilon(
+    epsilon: float | Tensor | Stabilizer = 1e-6, *, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None
+) -> Composite:
+    """`Epsilon` for convolutions and dense layers: close to input times gradient on a ReLU net.
+
+    Args:
+        epsilon: Of the `Epsilon` rule.
+        stabilizer: Of sums and average pooling.
+        zero_params: Names of parameters that are taken to be zero.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> relevance_fn = lrp.attribute(lambda w, x: x @ w, lrp.epsilon())
+        >>> relevance_fn(torch.ones(2, 1), torch.tensor([[1.0, 3.0]]), target=0)
+        tensor([[1.0000, 3.0000]])
+
+    References:
+        S. Bach et al., "On pixel-wise explanations for non-linear classifier decisions by layer-wise relevance
+        propagation", PLOS ONE 10(7), 2015.
+    """
+    rule = Epsilon(epsilon, zero_params)
+    return _recipe(rule, rule, stabilizer)
+
+
+def epsilon_gamma_box(
+    low: float | Tensor,
+    high: float | Tensor,
+    epsilon: float | Tensor | Stabilizer = 1e-6,
+    gamma: float | Tensor = 0.25,
+    *,
+    stabilizer: Stab = 1e-6,
+    zero_params: ZeroParams = None,
+) -> Composite:
+    """`ZBox` for the first convolution, `Gamma` for the others, `Epsilon` for dense layers.
+
+    Args:
+        low: The lower bound of the input, a number or a tensor of shape `(channels, 1, 1)`, say.
+        high: The upper bound.
+        epsilon: Of the dense layers.
+        gamma: Of the convolutions.
+        stabilizer: Of all other divisions.
+        zero_params: Names of parameters that are taken to be zero.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten())
+        >>> model_fn, params = lrp.from_module(net)
+        >>> lrp.attribute(model_fn, lrp.epsilon_gamma_box(0.0, 1.0))(params, torch.rand(1, 1, 5, 5), target=0).shape
+        torch.Size([1, 1, 5, 5])
+
+    References:
+        G. Montavon et al., "Layer-wise relevance propagation: an overview", in Explainable AI, Springer, 2019.
+    """
+    box = (Convolution, ZBox(low, high, stabilizer, zero_params))
+    return _recipe(Gamma(gamma, stabilizer, zero_params), Epsilon(epsilon, zero_params), stabilizer, box)
+
+
+def epsilon_plus(
+    epsilon: float | Tensor | Stabilizer = 1e-6, *, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None
+) -> Composite:
+    """`ZPlus` for convolutions, `Epsilon` for dense layers.
+
+    Args:
+        epsilon: Of the dense layers.
+        stabilizer: Of all other divisions.
+        zero_params: Names of parameters that are taken to be zero.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> lrp.epsilon_plus().entries[-1]
+        (Dense, Epsilon(epsilon=1e-06, zero_params=None))
+
+    References:
+        M. Kohlbrenner et al., "Towards best practice in explaining neural network decisions with LRP", IJCNN, 2020.
+    """
+    return _recipe(ZPlus(stabilizer, zero_params), Epsilon(epsilon, zero_params), stabilizer)
+
+
+def epsilon_plus_flat(
+    epsilon: float | Tensor | Stabilizer = 1e-6, *, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None
+) -> Composite:
+    """`epsilon_plus`, with `Flat` for the first convolution or dense layer.
+
+    Args:
+        epsilon: Of the dense layers.
+        stabilizer: Of all other divisions.
+        zero_params: Names of parameters that are taken to be zero.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> lrp.epsilon_plus_flat().entries[0]
+        (first((Convolution | Dense)), Flat(stabilizer=1e-06, zero_params=None))
+
+    References:
+        M. Kohlbrenner et al., "Towards best practice in explaining neural network decisions with LRP", IJCNN, 2020.
+    """
+    flat = (Convolution | Dense, Flat(stabilizer, zero_params))
+    return _recipe(ZPlus(stabilizer, zero_params), Epsilon(epsilon, zero_params), stabilizer, flat)
+
+
+def epsilon_alpha2_beta1(
+    epsilon: float | Tensor | Stabilizer = 1e-6, *, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None
+) -> Composite:
+    """`AlphaBeta(2, 1)` for convolutions, `Epsilon` for dense layers.
+
+    Args:
+        epsilon: Of the dense layers.
+        stabilizer: Of all other divisions.
+        zero_params: Names of parameters that are taken to be zero.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> lrp.epsilon_alpha2_beta1() == lrp.epsilon_alpha2_beta1(1e-6)
+        True
+
+    References:
+        S. Lapuschkin et al., "Understanding and comparing deep neural networks for age and gender classification",
+        ICCV workshops, 2017.
+    """
+    return _recipe(AlphaBeta(2.0, 1.0, stabilizer, zero_params), Epsilon(epsilon, zero_params), stabilizer)
+
+
+def epsilon_alpha2_beta1_flat(
+    epsilon: float | Tensor | Stabilizer = 1e-6, *, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None
+) -> Composite:
+    """`epsilon_alpha2_beta1`, with `Flat` for the first convolution or dense layer.
+
+    Args:
+        epsilon: Of the dense layers.
+        stabilizer: Of all other divisions.
+        zero_params: Names of parameters that are taken to be zero.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> lrp.epsilon_alpha2_beta1_flat().entries[0][0]
+        first((Convolution | Dense))
+
+    References:
+        S. Lapuschkin et al., "Unmasking Clever Hans predictors and assessing what machines really learn", Nature
+        Communications 10, 2019.
+    """
+    flat = (Convolution | Dense, Flat(stabilizer, zero_params))
+    return _recipe(AlphaBeta(2.0, 1.0, stabilizer, zero_params), Epsilon(epsilon, zero_params), stabilizer, flat)
+
+
+def excitation_backprop(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+    """`ZPlus` everywhere; the relevance itself goes through the plain VJP of activations and batch norms.
+
+    Args:
+        stabilizer: Of all divisions.
+        zero_params: Names of parameters that are taken to be zero.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> lrp.excitation_backprop().entries[0]
+        (Activation, Gradient(of='relevance'))
+
+    References:
+        J. Zhang et al., "Top-down neural attention by excitation backprop", IJCV 126, 2018.
+    """
+    norm, plain = Norm(stabilizer), Gradient("relevance")
+    rule = ZPlus(stabilizer, zero_params)
+    return Composite(((Activation, plain), (BatchNorm, plain), (Sum, norm), (AvgPool, norm), (Convolution | Dense, rule)))
+
+
+def gradient(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+    """No rule at all: the plain gradient, a cotangent composite.
+
+    Args:
+        stabilizer: Accepted, like `zero_params`, by all composites; nothing here divides.
+        zero_params: Nothing here modifies parameters.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> lrp.attribute(lambda w, x: (x @ w).tanh(), lrp.gradient())(torch.ones(2, 1), torch.zeros(1, 2), target=0)
+        tensor([[1., 1.]])
+    """
+    return Composite((), cotangent=True)
+
+
+def deconvnet(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+    """`ReLUDeconvNet` for ReLUs, the plain VJP elsewhere: a cotangent composite.
+
+    Args:
+        stabilizer: Nothing here divides.
+        zero_params: Nothing here modifies parameters.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> lrp.deconvnet().cotangent
+        True
+
+    References:
+        M. D. Zeiler and R. Fergus, "Visualizing and understanding convolutional networks", ECCV, 2014.
+    """
+    return Composite(((ReLU, ReLUDeconvNet()),), cotangent=True)
+
+
+def guided_backprop(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+    """`ReLUGuidedBackprop` for ReLUs, the plain VJP elsewhere: a cotangent composite.
+
+    Args:
+        stabilizer: Nothing here divides.
+        zero_params: Nothing here modifies parameters.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> lrp.guided_backprop().entries
+        ((operation('relu'), ReLUGuidedBackprop()),)
+
+    References:
+        J. T. Springenberg et al., "Striving for simplicity: the all convolutional net", ICLR workshop, 2015.
+    """
+    return Composite(((ReLU, ReLUGuidedBackprop()),), cotangent=True)
+
+
+def beta_smooth(
+    beta_smooth: float | Tensor = 10.0, *, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None
+) -> Composite:
+    """`ReLUBetaSmooth` for ReLUs, the plain VJP elsewhere: a cotangent composite.
+
+    Args:
+        beta_smooth: The sharpness of the softplus whose derivative stands in for the ReLU's.
+        stabilizer: Nothing here divides.
+        zero_params: Nothing here modifies parameters.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> lrp.beta_smooth(5.0).entries
+        ((operation('relu'), ReLUBetaSmooth(beta_smooth=5.0)),)
+
+    References:
+        A.-K. Dombrowski et al., "Explanations can be manipulated and geometry is to blame", NeurIPS, 2019.
+    """
+    return Composite(((ReLU, ReLUBetaSmooth(beta_smooth)),), cotangent=True)

@@ -1,0 +1,110 @@
+"""The rules of layers that need none: linear operations, and operations that only move values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, fx
+
+from lrpfunc._graph import BoundLayer, Kind, Layer
+from lrpfunc._message import Message, Multiplier, Relevance
+from lrpfunc.rules._rule import Form, Rule, batched_sum_to
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Linear(Rule):
+    """LRP-0: the plain VJP of the multiplier, exact for whatever is affine in its inputs."""
+
+    form: ClassVar[Form] = "multiplier"
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        return tuple(Multiplier(m) for m in layer.vjp(message.value))
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        at_zero = layer.function(layer.layer.inputs)(*(torch.zeros_like(x) for x in layer.inputs))
+        has_bias = layer.layer.kind in (Kind.DENSE, Kind.CONVOLUTION, Kind.BATCH_NORM)
+        return {"bias" if has_bias else "constants": (message.value * at_zero).sum()}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Select(Rule):
+    """Either form goes where the value came from."""
+
+    form: ClassVar[Form] = "either"
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        return tuple(type(message)(m) for m in layer.vjp(message.value))  # type: ignore[call-arg]
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        if layer.layer.kind is Kind.WINNER:
+            return {}
+        (chosen,) = layer.jvp([torch.ones_like(x) for x in layer.inputs])
+        return {"constants": torch.where(chosen == 0, message.relevance(layer.output), 0).sum()}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Scale(Rule):
+    """Scaling leaves relevance as it is, where the factor is not zero; a multiplier takes the factor."""
+
+    form: ClassVar[Form] = "either"
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        if isinstance(message, Multiplier):
+            return tuple(Multiplier(m) for m in layer.vjp(message.value))
+        passed = torch.where(self._factor(layer) == 0, 0, message.value)
+        return (Relevance(batched_sum_to(passed, layer.input.shape)),)
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        if isinstance(message, Multiplier):
+            return {}
+        return {"constants": torch.where(self._factor(layer) == 0, message.value, 0).sum()}
+
+    @staticmethod
+    def _factor(layer: BoundLayer) -> Tensor:
+        (factor,) = layer.jvp([torch.ones_like(layer.input)])
+        return factor
+
+
+def default_rule(layer: Layer) -> Rule | None:
+    """The rule of a layer that no composite covers; `None` if it needs one."""
+    if layer.kind in (Kind.SELECT, Kind.WINNER):
+        return Select()
+    if layer.kind is Kind.SCALE:
+        return Scale()
+    return Linear() if layer.linear else None
+
+
+def several(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message]) -> tuple[Message, ...]:
+    """The messages at the inputs of an operation with several outputs, some of which may have none.
+
+    Only operations that select have several outputs and no rule of their own; the others are propagated as LRP-0.
+    """
+    nodes = [node for node in layer.layer.outputs if node is not None]
+    forms = {type(message) for message in messages.values()}
+    form = Multiplier if forms == {Multiplier} or isinstance(rule, Linear) else Relevance
+    values = []
+    for node in nodes:
+        if node not in messages:
+            values.append(torch.zeros_like(layer.values[node]))
+        elif form is Multiplier:
+            values.append(messages[node].multiplier(layer.values[node]))
+        else:
+            values.append(messages[node].relevance(layer.values[node]))
+    return tuple(form(m) for m in layer.vjp(*values))
+
+
+def absorbed_by_several(layer: BoundLayer, messages: dict[fx.Node, Message]) -> dict[str, Tensor]:
+    """What an operation that selects into several outputs does not pass on: relevance of its constants."""
+    nodes = [node for node in layer.layer.outputs if node is not None]
+    chosen = layer.jvp([torch.ones_like(x) for x in layer.inputs])
+    lost = [
+        torch.where(c == 0, messages[node].relevance(layer.values[node]), 0).sum()
+        for node, c in zip(nodes, chosen, strict=True)
+        if node in messages
+    ]
+    return {"constants": torch.stack(lost).sum()}

@@ -1,0 +1,194 @@
+"""What a rule is, and the algebra of rules."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from lrpfunc._equality import Description
+from lrpfunc._graph import BoundLayer, Kind, Layer
+from lrpfunc._message import Message, Multiplier, Relevance, add, scale
+
+Form = Literal["relevance", "multiplier", "either"]
+ZeroParams = str | Iterable[str] | None
+
+
+class Rule(Description, abc.ABC):
+    r"""How relevance at a layer's output is attributed to its inputs.
+
+    A rule is a frozen dataclass with one method that must be written, `propagate`. Rules form a vector space:
+    `2 * p - q` is the rule whose relevance is twice that of `p` less that of `q`.
+
+    Write `propagate(layer, message)` in ordinary torch operations on `layer.input`, `layer.output`,
+    `layer.parameters`, `layer.affine`, `layer.transpose` and `layer.vjp`; every derivative is then exact. It returns
+    one message for each of `layer.inputs`.
+
+    Attributes:
+        form: The form the message arrives in: `"relevance"`, `"multiplier"`, or `"either"`.
+
+    Example:
+        A rule that gives every input the same share:
+
+        >>> import dataclasses, torch, lrpfunc as lrp
+        >>> @dataclasses.dataclass(frozen=True, eq=False)
+        ... class Even(lrp.Rule):
+        ...     def propagate(self, layer, message):
+        ...         share = message.value.sum(-1, keepdim=True) / layer.input.shape[-1]
+        ...         return (lrp.Relevance(share.expand(layer.input.shape)),)
+        >>> relevance_fn = lrp.attribute(lambda w, x: x @ w, [(lrp.Dense, Even())])
+        >>> relevance_fn(torch.eye(2), torch.tensor([[1.0, 3.0]]), target=1)
+        tensor([[1.5000, 1.5000]])
+    """
+
+    form: ClassVar[Form] = "relevance"
+
+    @abc.abstractmethod
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        """The messages at the layer's inputs, one each."""
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        """The relevance that does not reach the inputs, by cause, each from its own formula."""
+        return {}
+
+    def objection(self, layer: Layer) -> str | None:
+        """Why the rule cannot serve a layer, or `None` if it can."""
+        return None
+
+    # -- what the walk calls
+
+    def apply(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        """`propagate`, in the form the rule takes."""
+        return self.propagate(layer, self.formed(layer, message))
+
+    def account(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        """`absorbed`, together with what the conversion to the rule's form loses."""
+        booked = dict(self.absorbed(layer, self.formed(layer, message)))
+        if self.form == "multiplier":
+            booked["conversion"] = message.unconvertible(layer.output).sum()
+        return booked
+
+    def formed(self, layer: BoundLayer, message: Message) -> Message:
+        if self.form == "relevance":
+            return Relevance(message.relevance(layer.output))
+        if self.form == "multiplier":
+            return Multiplier(message.multiplier(layer.output))
+        return message
+
+    # -- algebra
+
+    def __mul__(self, factor: float | Tensor) -> Rule:
+        return Combination(((factor, self),))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | Tensor) -> Rule:
+        return self * (1 / divisor)
+
+    def __neg__(self) -> Rule:
+        return self * -1
+
+    def __add__(self, other: Rule) -> Rule:
+        return Combination((*_terms(self), *_terms(other))) if isinstance(other, Rule) else NotImplemented
+
+    def __sub__(self, other: Rule) -> Rule:
+        return self + (-other) if isinstance(other, Rule) else NotImplemented
+
+
+def _terms(rule: Rule) -> tuple[tuple[float | Tensor, Rule], ...]:
+    return rule.terms if isinstance(rule, Combination) else ((1, rule),)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Combination(Rule):
+    """A linear combination of rules, as the algebra of rules makes it."""
+
+    terms: tuple[tuple[float | Tensor, Rule], ...]
+    form: ClassVar[Form] = "either"
+
+    def __mul__(self, factor: float | Tensor) -> Rule:
+        return Combination(tuple((factor * weight, rule) for weight, rule in self.terms))
+
+    __rmul__ = __mul__
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        parts = [[scale(weight, m) for m in rule.apply(layer, message)] for weight, rule in self.terms]
+        return tuple(add(messages, x) for messages, x in zip(zip(*parts, strict=True), layer.inputs, strict=True))
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        share = 1 - sum(weight for weight, _ in self.terms)
+        booked = {"rule": share * message.relevance(layer.output).sum()}
+        for weight, rule in self.terms:
+            for cause, amount in rule.account(layer, message).items():
+                booked[cause] = booked.get(cause, 0) + weight * amount
+        return booked
+
+    def objection(self, layer: Layer) -> str | None:
+        return next((reason for _, rule in self.terms if (reason := rule.objection(layer))), None)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What several rules need
+
+
+def needs_parameters(rule: Rule, layer: Layer) -> str | None:
+    """The objection of a rule that modifies weights."""
+    if layer.affine is not None:
+        return None
+    return f"{type(rule).__name__} modifies weights, which only dense layers and convolutions have"
+
+
+def needs_linear(rule: Rule, layer: Layer) -> str | None:
+    """The objection of a rule that distributes a linear layer's output."""
+    return None if layer.linear else f"{type(rule).__name__} serves linear layers; this one is not linear in its input"
+
+
+def named(zero_params: ZeroParams) -> tuple[str, ...]:
+    """`zero_params` as a tuple of names."""
+    names = (zero_params,) if isinstance(zero_params, str) else tuple(zero_params or ())
+    if unknown := [name for name in names if name not in ("weight", "bias")]:
+        raise ValueError(f"zero_params names 'weight' or 'bias', not {unknown[0]!r}: write zero_params='bias'")
+    return names
+
+
+def kept(layer: BoundLayer, zero_params: ZeroParams) -> tuple[Tensor, Tensor | None]:
+    """The layer's weight and bias, with those that `zero_params` names set to zero."""
+    weight, bias = layer.parameters
+    names = named(zero_params)
+    return torch.zeros_like(weight) if "weight" in names else weight, None if "bias" in names else bias
+
+
+def positive(tensor: Tensor) -> Tensor:
+    return tensor.clamp(min=0)
+
+
+def negative(tensor: Tensor) -> Tensor:
+    return tensor.clamp(max=0)
+
+
+def signed(tensor: Tensor | None, part: object) -> Tensor | None:
+    """`part` of a bias that may be missing."""
+    return None if tensor is None else part(tensor)  # type: ignore[operator]
+
+
+def shares(layer: BoundLayer, s: Tensor, bias: Tensor | None) -> Tensor:
+    """What of `s` times the output the bias takes."""
+    return s.new_zeros(()) if bias is None else (s * layer.shift(bias)).sum()
+
+
+def stabilized(relevance: Tensor, z: Tensor, denominator: Tensor, s: Tensor) -> Tensor:
+    """What the stabilizer takes of `s = relevance / denominator`: all of it where the denominator is zero."""
+    return torch.where(denominator == 0, relevance, s * (denominator - z)).sum()
+
+
+def batched_sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """`tensor` summed over the dimensions that broadcasting added to `shape`."""
+    return tensor if tensor.shape == shape else tensor.sum_to_size(shape)
+
+
+POINTWISE = (Kind.ACTIVATION, Kind.BATCH_NORM, Kind.NON_LINEAR, Kind.NORMALIZATION)

@@ -1,0 +1,102 @@
+"""LRP-epsilon, and its use for layers without parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from lrpfunc._graph import BoundLayer, Layer
+from lrpfunc._message import Message, Multiplier, Stabilizer, as_stabilizer, divide
+from lrpfunc.rules._rule import Rule, ZeroParams, kept, named, needs_linear, needs_parameters, shares, stabilized
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Epsilon(Rule):
+    r"""Distributes relevance in proportion to the contributions to the pre-activation.
+
+    .. math:: R_i = x_i \, J_W^T\!\left(\frac{R}{\operatorname{stab}(z)}\right)_i, \qquad z = f(x; W, b)
+
+    For dense layers, and wherever the explanation should stay faithful to the gradient; a larger `epsilon` absorbs the
+    relevance of weak and contradictory contributions. Serves any linear layer.
+
+    Args:
+        epsilon: A number, a tensor, or a `Stabilizer`. With 0 the rule is LRP-0.
+        zero_params: Names of parameters, `"weight"` or `"bias"`, that are taken to be zero.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> relevance_fn = lrp.attribute(lambda w, x: x @ w, [(lrp.Dense, lrp.Epsilon(0.5))])
+        >>> relevance_fn(torch.ones(2, 1), torch.tensor([[1.0, 3.0]]), target=0)
+        tensor([[0.8889, 2.6667]])
+
+    References:
+        S. Bach et al., "On pixel-wise explanations for non-linear classifier decisions by layer-wise relevance
+        propagation", PLOS ONE 10(7), 2015.
+    """
+
+    epsilon: float | Tensor | Stabilizer = 1e-6
+    zero_params: ZeroParams = None
+
+    def __post_init__(self) -> None:
+        named(self.zero_params)
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        _, _, s = self._quotient(layer, message)
+        if self.zero_params:
+            weight, _ = kept(layer, self.zero_params)
+            return (Multiplier(layer.transpose(s, weight)),)
+        return tuple(Multiplier(m) for m in layer.vjp(s))
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        z, denominator, s = self._quotient(layer, message)
+        booked = {"stabilizer": stabilized(message.value, z, denominator, s)}
+        if layer.layer.affine is not None:
+            booked["bias"] = shares(layer, s, kept(layer, self.zero_params)[1])
+        else:
+            at_zero = layer.function(layer.layer.inputs)(*(x * 0 for x in layer.inputs))
+            booked["constants"] = (s * at_zero).sum()
+        return booked
+
+    def _quotient(self, layer: BoundLayer, message: Message) -> tuple[Tensor, Tensor, Tensor]:
+        z = layer.affine(layer.input, *kept(layer, self.zero_params)) if self.zero_params else layer.output
+        denominator = as_stabilizer(self.epsilon)(z)
+        return z, denominator, divide(message.value, denominator)
+
+    def objection(self, layer: Layer) -> str | None:
+        return needs_parameters(self, layer) if self.zero_params else needs_linear(self, layer)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Norm(Rule):
+    r"""Distributes relevance in proportion to the contributions to a sum or an average.
+
+    .. math:: R_i = x_i \, J^T\!\left(\frac{R}{\operatorname{stab}(z)}\right)_i, \qquad z = f(x)
+
+    Args:
+        stabilizer: A number, a tensor, or a `Stabilizer`.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> relevance_fn = lrp.attribute(lambda _, x: x.mean(-1, keepdim=True), [(lrp.AvgPool, lrp.Norm())])
+        >>> relevance_fn(None, torch.tensor([[1.0, 3.0]]), target=0)
+        tensor([[0.5000, 1.5000]])
+
+    References:
+        C. J. Anders et al., "Software for dataset-wide XAI: from local explanations to global insights with Zennit,
+        CoRelAy, and ViRelAy", arXiv:2106.13200, 2021.
+    """
+
+    stabilizer: float | Tensor | Stabilizer = 1e-6
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        return Epsilon(self.stabilizer).propagate(layer, message)
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        return Epsilon(self.stabilizer).absorbed(layer, message)
+
+    def objection(self, layer: Layer) -> str | None:
+        return needs_linear(self, layer)

@@ -1,0 +1,118 @@
+"""Rules that look at the weights alone, or at neither weights nor input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lrpfunc._graph import BoundLayer, Layer
+from lrpfunc._message import Message, Relevance, Stabilizer, as_stabilizer, divide
+from lrpfunc.rules._rule import Rule, ZeroParams, kept, named, needs_parameters, shares, stabilized
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class WSquare(Rule):
+    r"""Distributes relevance in proportion to the squared weights, whatever the input.
+
+    .. math:: R_i = J_{W^2}^T\!\left(\frac{R}{\operatorname{stab}(z)}\right)_i, \qquad z = f(1; W^2, b^2)
+
+    For the first layer, when its input is unbounded.
+
+    Args:
+        stabilizer: A number, a tensor, or a `Stabilizer`.
+        zero_params: Names of parameters, `"weight"` or `"bias"`, that are taken to be zero.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> relevance_fn = lrp.attribute(lambda w, x: x @ w, [(lrp.Dense, lrp.WSquare())])
+        >>> relevance_fn(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 2.0]]), target=0)
+        tensor([[1.0000, 4.0000]])
+
+    References:
+        G. Montavon et al., "Explaining nonlinear classification decisions with deep Taylor decomposition", Pattern
+        Recognition 65, 2017.
+    """
+
+    stabilizer: float | Tensor | Stabilizer = 1e-6
+    zero_params: ZeroParams = None
+
+    def __post_init__(self) -> None:
+        named(self.zero_params)
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        return (Relevance(layer.transpose(self._quotient(layer, message)[2], self._parameters(layer)[0])),)
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        z, denominator, s = self._quotient(layer, message)
+        bias = shares(layer, s, self._parameters(layer)[1])
+        return {"bias": bias, "stabilizer": stabilized(message.value, z, denominator, s)}
+
+    def _parameters(self, layer: BoundLayer) -> tuple[Tensor, Tensor | None]:
+        weight, bias = kept(layer, self.zero_params)
+        return weight.square(), None if bias is None else bias.square()
+
+    def _quotient(self, layer: BoundLayer, message: Message) -> tuple[Tensor, Tensor, Tensor]:
+        return _ones_quotient(layer, message, self.stabilizer, *self._parameters(layer))
+
+    def objection(self, layer: Layer) -> str | None:
+        return needs_parameters(self, layer)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Flat(Rule):
+    r"""Distributes relevance evenly over the inputs a unit looks at.
+
+    .. math:: R_i = J_1^T\!\left(\frac{R}{\operatorname{stab}(z)}\right)_i, \qquad z = f(1; 1, 0)
+
+    For the first layer, when its exact pixels do not matter. Zero padding takes no relevance.
+
+    Args:
+        stabilizer: A number, a tensor, or a `Stabilizer`.
+        zero_params: Names of parameters that are taken to be zero; with `"weight"` all relevance is absorbed.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> relevance_fn = lrp.attribute(lambda w, x: x @ w, [(lrp.Dense, lrp.Flat())])
+        >>> relevance_fn(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 2.0]]), target=0)
+        tensor([[2.5000, 2.5000]])
+
+    References:
+        S. Lapuschkin et al., "Unmasking Clever Hans predictors and assessing what machines really learn", Nature
+        Communications 10, 2019.
+    """
+
+    stabilizer: float | Tensor | Stabilizer = 1e-6
+    zero_params: ZeroParams = None
+
+    def __post_init__(self) -> None:
+        named(self.zero_params)
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        return (Relevance(layer.transpose(self._quotient(layer, message)[2], self._weight(layer))),)
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        z, denominator, s = self._quotient(layer, message)
+        return {"stabilizer": stabilized(message.value, z, denominator, s)}
+
+    def _weight(self, layer: BoundLayer) -> Tensor:
+        weight, _ = layer.parameters
+        return torch.zeros_like(weight) if "weight" in named(self.zero_params) else torch.ones_like(weight)
+
+    def _quotient(self, layer: BoundLayer, message: Message) -> tuple[Tensor, Tensor, Tensor]:
+        return _ones_quotient(layer, message, self.stabilizer, self._weight(layer), None)
+
+    def objection(self, layer: Layer) -> str | None:
+        return needs_parameters(self, layer)
+
+
+def _ones_quotient(
+    layer: BoundLayer, message: Message, stabilizer: float | Tensor | Stabilizer, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = layer.affine(torch.ones_like(layer.input), weight, bias)
+    denominator = as_stabilizer(stabilizer)(z)
+    return z, denominator, divide(message.value, denominator)

@@ -1,0 +1,103 @@
+"""LRP-gamma, for inputs of either sign."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lrpfunc._graph import BoundLayer, Layer
+from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer, as_stabilizer, divide
+from lrpfunc.rules._rule import (
+    Rule,
+    ZeroParams,
+    kept,
+    named,
+    needs_parameters,
+    negative,
+    positive,
+    shares,
+    stabilized,
+)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Gamma(Rule):
+    r"""Favours positive contributions, by strengthening the positive weights.
+
+    `Epsilon` with every weight and bias :math:`w` replaced by :math:`w + \gamma w^+`, generalized to inputs and
+    outputs of either sign. With :math:`W_p = W + \gamma W^+`, :math:`W_n = W + \gamma W^-` and
+    :math:`y = f(x; W, b)`:
+
+    .. math::
+        s_p &= [y > 0] \, R / \operatorname{stab}\left(f(x^+; W_p, b_p) + f(x^-; W_n, 0)\right) \\
+        s_n &= [y < 0] \, R / \operatorname{stab}\left(f(x^+; W_n, b_n) + f(x^-; W_p, 0)\right) \\
+        R_i &= x_i^+ \left(J_{W_p}^T(s_p) + J_{W_n}^T(s_n)\right)_i
+             + x_i^- \left(J_{W_n}^T(s_p) + J_{W_p}^T(s_n)\right)_i
+
+    For convolutions, between `Epsilon` (`gamma = 0`) and `ZPlus` (`gamma` large).
+
+    Args:
+        gamma: How much to strengthen them. A tensor may be vmapped over or differentiated.
+        stabilizer: A number, a tensor, or a `Stabilizer`.
+        zero_params: Names of parameters, `"weight"` or `"bias"`, that are taken to be zero.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> relevance_fn = lrp.attribute(lambda w, x: x @ w, [(lrp.Dense, lrp.Gamma(1.0))])
+        >>> relevance_fn(torch.tensor([[1.0], [1.0], [-1.0]]), torch.tensor([[1.0, 3.0, 2.0]]), target=0)
+        tensor([[ 0.6667,  2.0000, -0.6667]])
+
+    References:
+        G. Montavon et al., "Layer-wise relevance propagation: an overview", in Explainable AI, Springer, 2019.
+    """
+
+    gamma: float | Tensor = 0.25
+    stabilizer: float | Tensor | Stabilizer = 1e-6
+    zero_params: ZeroParams = None
+
+    def __post_init__(self) -> None:
+        named(self.zero_params)
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        weight, _ = kept(layer, self.zero_params)
+        up, down = self._raised(weight), self._lowered(weight)
+        sp, sn = (self._branch(layer, message, sign)[2] for sign in (1, -1))
+        with_x = layer.transpose(sp, up) + layer.transpose(sn, down)
+        if layer.layer.nonnegative:
+            return (Multiplier(with_x),)
+        against = layer.transpose(sp, down) + layer.transpose(sn, up)
+        return (Relevance(positive(layer.input) * with_x + negative(layer.input) * against),)
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        _, bias = kept(layer, self.zero_params)
+        booked = {"rule": torch.where(layer.output == 0, message.value, 0).sum()}
+        for sign, modified in ((1, self._raised), (-1, self._lowered)):
+            z, denominator, s, part = self._branch(layer, message, sign)
+            taken = shares(layer, s, None if bias is None else modified(bias))
+            booked["bias"] = booked.get("bias", 0) + taken
+            booked["stabilizer"] = booked.get("stabilizer", 0) + stabilized(part, z, denominator, s)
+        return booked
+
+    def _branch(self, layer: BoundLayer, message: Message, sign: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The denominators and the quotient where the output has the given sign, and the relevance there."""
+        weight, bias = kept(layer, self.zero_params)
+        same, other = (self._raised, self._lowered) if sign > 0 else (self._lowered, self._raised)
+        z = layer.affine(positive(layer.input), same(weight), None if bias is None else same(bias))
+        if not layer.layer.nonnegative:
+            z = z + layer.affine(negative(layer.input), other(weight), None)
+        denominator = as_stabilizer(self.stabilizer)(z)
+        part = torch.where(sign * layer.output > 0, message.value, 0)
+        return z, denominator, divide(part, denominator), part
+
+    def _raised(self, parameter: Tensor) -> Tensor:
+        return parameter + self.gamma * positive(parameter)
+
+    def _lowered(self, parameter: Tensor) -> Tensor:
+        return parameter + self.gamma * negative(parameter)
+
+    def objection(self, layer: Layer) -> str | None:
+        return needs_parameters(self, layer)

@@ -1,0 +1,116 @@
+"""Rules that serve any layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+
+from lrpfunc._graph import BoundLayer, Kind
+from lrpfunc._message import Message, Multiplier, Relevance
+from lrpfunc.rules._rule import Form, Rule, batched_sum_to
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Gradient(Rule):
+    r"""The plain VJP, :math:`m_i = J^T(m)_i`: input times gradient, layer by layer.
+
+    Args:
+        of: What goes through the VJP: the `"multiplier"`, or the `"relevance"` itself, as in excitation backprop.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> relevance_fn = lrp.attribute(lambda _, x: x.exp(), [(lrp.operation("exp"), lrp.Gradient())])
+        >>> relevance_fn(None, torch.tensor([[0.0, 1.0]]), target=1)
+        tensor([[0.0000, 2.7183]])
+    """
+
+    of: Literal["multiplier", "relevance"] = "multiplier"
+    form: ClassVar[Form] = "either"
+
+    def formed(self, layer: BoundLayer, message: Message) -> Message:
+        if self.of == "relevance":
+            return Relevance(message.relevance(layer.output))
+        return Multiplier(message.multiplier(layer.output))
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        return tuple(type(message)(m) for m in layer.vjp(message.value))  # type: ignore[call-arg]
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        if isinstance(message, Relevance):
+            (kept,) = layer.jvp([torch.ones_like(x) for x in layer.inputs])
+            return {"rule": (message.value * (1 - kept)).sum()}
+        (linear,) = layer.jvp(layer.inputs)
+        return {"nonlinearity": (message.value * (layer.output - linear)).sum()}
+
+    def account(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        booked = self.absorbed(layer, self.formed(layer, message))
+        if self.of == "multiplier":
+            booked["conversion"] = message.unconvertible(layer.output).sum()
+        return booked
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Stop(Rule):
+    """Passes nothing on: the layer is taken to be constant.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> rules = [(lrp.operation("exp"), lrp.Stop()), (lrp.Sum, lrp.Norm())]
+        >>> relevance_fn = lrp.attribute(lambda _, x: x.exp() + x, rules)
+        >>> relevance_fn(None, torch.tensor([[0.0, 2.0]]), target=1)
+        tensor([[0., 2.]])
+    """
+
+    form: ClassVar[Form] = "either"
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        return tuple(Multiplier(torch.zeros_like(x)) for x in layer.inputs)
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        return {"rule": message.relevance(layer.output).sum()}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Uniform(Rule):
+    r"""Gives every operand the same share of the relevance.
+
+    The operands of a sum get :math:`R / n` each; those of a product :math:`J^T(m / n)`, which is the same.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> relevance_fn = lrp.attribute(lambda _, x: x[:, :1] * x[:, 1:], [(lrp.operation("mul"), lrp.Uniform())])
+        >>> relevance_fn(None, torch.tensor([[3.0, 4.0]]), target=0)
+        tensor([[6., 6.]])
+
+    References:
+        R. Achtibat et al., "AttnLRP: attention-aware layer-wise relevance propagation for transformers", ICML, 2024.
+    """
+
+    form: ClassVar[Form] = "either"
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+        count = len(layer.inputs)
+        if self._of_sum(layer):
+            share = message.relevance(layer.output) / count
+            return tuple(Relevance(batched_sum_to(share, x.shape)) for x in layer.inputs)
+        return tuple(Multiplier(m) for m in layer.vjp(message.multiplier(layer.output) / count))
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        if self._of_sum(layer):
+            return {}
+        (linear,) = layer.jvp(layer.inputs)
+        m = message.multiplier(layer.output)
+        return {
+            "nonlinearity": (m * (layer.output - linear / len(layer.inputs))).sum(),
+            "conversion": message.unconvertible(layer.output).sum(),
+        }
+
+    @staticmethod
+    def _of_sum(layer: BoundLayer) -> bool:
+        return layer.layer.kind is Kind.SUM and layer.layer.operation not in ("sum", "nansum")
