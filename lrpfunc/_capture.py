@@ -24,7 +24,6 @@ from lrpfunc._environment import Environment, describe_tensor
 from lrpfunc._errors import CaptureError
 from lrpfunc._record import Recorder, inside_transform, recording
 
-
 T = TypeVar("T")
 
 
@@ -33,11 +32,12 @@ class Trace:
     """What one run of the model function on fake tensors left behind.
 
     Attributes:
-        module: The traced operations; the placeholders are the tick and the tensor arguments.
+        module: The traced operations; the placeholders are the tick, the environment's tensors and the arguments.
         outputs: How to rebuild the output from the first graph outputs: the leaves (`None` for a tensor) and the spec.
         aux: The same for the auxiliary output.
         recorder: The markers, which are the last graph outputs.
-        tensors: The constants of the graph, each as an index into the environment's tensors or as a frozen value.
+        closed: How many placeholders stand for tensors of the environment.
+        constants: Tensors that are no inputs, by the name they are read by: made by the function, mostly.
         stable: Whether the trace may be used again.
     """
 
@@ -45,7 +45,8 @@ class Trace:
     outputs: tuple[list[Any], Any]
     aux: tuple[list[Any], Any]
     recorder: Recorder
-    tensors: dict[str, int | Tensor]
+    closed: int
+    constants: dict[str, Tensor]
     stable: bool
     after_dispatch: bool
 
@@ -100,20 +101,35 @@ def isolated(fn: Callable[[], T]) -> T:
 
 
 class _Watch(TorchFunctionMode):
-    """Sees what a trace cannot show: transforms inside the model function, and numbers read out of tensors."""
+    """Sees what a trace cannot show, and keeps it away from real tensors.
+
+    A tensor the function closes over is replaced, wherever an operation reads it, by an input of the trace. Without
+    that an operation on such tensors alone would really run, and change them if it works in place.
+    """
 
     _READS = ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__complex__")
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: dict[int, Tensor]) -> None:
         super().__init__()
+        self.inputs = inputs
         self.transforms = False
         self.reads = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.transforms |= inside_transform()
         if getattr(func, "__name__", "") in self._READS and not isinstance(args[0], FakeTensor):
-            self.reads = True
-        return func(*args, **(kwargs or {}))
+            self.reads = True  # a number became part of the program: it must not be used again
+            return func(*args, **(kwargs or {}))
+        return func(*self._replaced(args), **self._replaced(kwargs or {}))
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.inputs.get(id(value), value)
+        if type(value) in (list, tuple):
+            return type(value)(map(self._replaced, value))
+        if type(value) is dict:
+            return {key: self._replaced(item) for key, item in value.items()}
+        return value
 
 
 def _fake(tensor_keys: Sequence[Any], mode: FakeTensorMode) -> list[Tensor]:
@@ -143,7 +159,11 @@ def _refusing_custom_functions() -> Iterator[None]:
     def profile(frame: types.FrameType, event: str, arg: Any) -> None:
         cls = _applied(frame, event, arg)
         # torch's own, such as the one of torch.utils.checkpoint, have nothing to lose.
-        if isinstance(cls, type) and issubclass(cls, torch.autograd.Function) and not cls.__module__.startswith("torch."):
+        if (
+            isinstance(cls, type)
+            and issubclass(cls, torch.autograd.Function)
+            and not cls.__module__.startswith("torch.")
+        ):
             found.append(cls.__qualname__)
 
     found: list[str] = []
@@ -162,7 +182,13 @@ def _refusing_custom_functions() -> Iterator[None]:
 
 
 def _trace(
-    model_fn: Callable[..., Any], leaves: list[Any], spec: Any, has_aux: bool, inline: bool, keys: Sequence[Any]
+    model_fn: Callable[..., Any],
+    leaves: list[Any],
+    spec: Any,
+    has_aux: bool,
+    inline: bool,
+    keys: Sequence[Any],
+    closed: Sequence[Tensor],
 ) -> tuple[fx.GraphModule, Recorder, dict[str, Any], _Watch, bool]:
     found: dict[str, Any] = {}
 
@@ -174,7 +200,8 @@ def _trace(
         if has_aux:
             if not (isinstance(output, tuple) and len(output) == 2):
                 raise TypeError(
-                    f"with has_aux=True the model function must return a pair (output, aux), not {type(output).__name__}"
+                    f"with has_aux=True the model function must return a pair (output, aux), not "
+                    f"{'Tensor' if isinstance(output, Tensor) else type(output).__name__}"
                 )
             output, aux = output
         flat: list[Any] = []
@@ -186,21 +213,24 @@ def _trace(
 
     def trace(before_dispatch: bool) -> tuple[fx.GraphModule, Recorder, _Watch]:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-        tick, *tensors = _fake([((), (), torch.float32, torch.device("cpu"), None), *keys], mode)
-        watch = _Watch()
+        scalar = ((), (), torch.float32, torch.device("cpu"), None)
+        inputs = _fake([scalar, *map(describe_tensor, closed), *keys], mode)
+        watches: list[_Watch] = []
         recorders: list[Recorder] = []
 
         def marked(tick: Tensor, *tensors: Tensor) -> list[Tensor]:
+            watch = _Watch({id(real): fake for real, fake in zip(closed, tensors, strict=False)})
             recorder = Recorder(tick)
+            watches.append(watch)
             recorders.append(recorder)
             with recording(recorder), watch, contextlib.nullcontext() if inline else _refusing_custom_functions():
-                outputs = call(list(tensors))
+                outputs = [watch._replaced(output) for output in call(list(tensors[len(closed) :]))]
             return [*outputs, *recorder.markers]
 
         # `decomposition_table={}`: without it torch 2.15 turns `detach` into `alias`, which stops nothing.
         options: dict[str, Any] = {"pre_dispatch": True} if before_dispatch else {"decomposition_table": {}}
-        module = make_fx(marked, tracing_mode="fake", _allow_non_fake_inputs=True, **options)(tick, *tensors)
-        return module, recorders[-1], watch
+        module = make_fx(marked, tracing_mode="fake", _allow_non_fake_inputs=True, **options)(*inputs)
+        return module, recorders[-1], watches[-1]
 
     module, recorder, watch = trace(before_dispatch=True)
     if after := watch.transforms:
@@ -227,22 +257,18 @@ def _capture(
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
     try:
         module, recorder, found, watch, after = isolated(
-            lambda: _trace(model_fn, static, spec, has_aux, inline, keys)
+            lambda: _trace(model_fn, static, spec, has_aux, inline, keys, env.tensors)
         )
     except Exception as error:
         if type(error).__name__ in _VALUE_DEPENDENT:
             raise _explain_failure(error) from error
         raise
-    known = {id(tensor): index for index, tensor in enumerate(env.tensors)}
-    stable = not watch.reads
-    tensors: dict[str, int | Tensor] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            constant = getattr(module, node.target)
-            created = all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
-            tensors[node.target] = known.get(id(constant), constant)
-            stable &= created or id(constant) in known
-    return Trace(module, found["outputs"], found["aux"], recorder, tensors, stable, after)
+    constants = [node for node in module.graph.nodes if node.op == "get_attr"]
+    # A constant that the function made is copied at once; any other one may be a tensor that was missed.
+    made = all(user.target is torch.ops.aten.lift_fresh_copy.default for node in constants for user in node.users)
+    values = {node.target: getattr(module, node.target) for node in constants}
+    stable = made and not watch.reads
+    return Trace(module, found["outputs"], found["aux"], recorder, len(env.tensors), values, stable, after)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -85,7 +85,10 @@ class Explanation:
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         numbers = (5, 6)
         table = [
-            "  ".join(cell.rjust(w) if i in numbers else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(
+                cell.rjust(w) if i in numbers else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
             for line in lines
         ]
         table.insert(1, "  ".join("-" * width for width in widths))
@@ -107,7 +110,16 @@ def _line(row: Row) -> tuple[str, ...]:
     rule = f"{name} (exact)" if name in ("Linear", "Select", "Scale") else repr(row.rule)
     out = _shape(row.layer.output_shape)
     operation = " + ".join([row.layer.operation, *(_follower(node) for node in row.layer.nodes[1:])])
-    return (row.layer.name, operation, rule, shapes, out, f"{row.relevance_out:.5g}", f"{row.relevance_in:.5g}", absorbed)
+    return (
+        row.layer.name,
+        operation,
+        rule,
+        shapes,
+        out,
+        f"{row.relevance_out:.5g}",
+        f"{row.relevance_in:.5g}",
+        absorbed,
+    )
 
 
 def _follower(node: fx.Node) -> str:
@@ -182,9 +194,7 @@ def _explanation(attribution: Attribution, args: Any, target: Any, kwargs: dict[
     forward = run_forward(attribution, args, kwargs)
     rows: list[Row] = []
 
-    def observe(
-        layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], results: tuple[Message, ...]
-    ) -> None:
+    def observe(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], results: tuple[Message, ...]) -> None:
         if not layer.layer.is_tap:
             rows.append(_row(layer, rule, messages, results))
 

@@ -167,7 +167,8 @@ class BoundLayer:
 
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The derivative in a direction, one tensor an output."""
-        _, tangent = torch.func.jvp(self.function(self.layer.inputs), self.inputs, tuple(tangents))
+        primals = tuple(x.contiguous() for x in self.inputs)  # an expanded tensor cannot carry a tangent
+        _, tangent = torch.func.jvp(self.function(self.layer.inputs), primals, tuple(t.contiguous() for t in tangents))
         return (tangent,) if isinstance(tangent, Tensor) else tangent
 
     @property
@@ -250,7 +251,9 @@ def build_graph(
         passed += found is not None
         layers.append(layer)
         merged.update(dict.fromkeys(layer.nodes, layer))
-    return Graph(program, sources, list(dict.fromkeys(data)), layers, _entries(program, layers, merged, active & needed))
+    return Graph(
+        program, sources, list(dict.fromkeys(data)), layers, _entries(program, layers, merged, active & needed)
+    )
 
 
 def _affines(program: Program, active: set[fx.Node], on_path: set[fx.Node], kept: set[fx.Node]) -> list[Affine]:
@@ -421,6 +424,4 @@ def _entries(
     if program.modules:
         return [(name, [place(leaf) for leaf in leaves], spec) for name, leaves, spec in program.modules]
     leaf_spec = pytree.tree_structure(0)
-    return [
-        (layer.name, [layer.output], leaf_spec) for layer in layers if len(layer.outputs) == 1 and not layer.is_tap
-    ]
+    return [(layer.name, [layer.output], leaf_spec) for layer in layers if len(layer.outputs) == 1 and not layer.is_tap]

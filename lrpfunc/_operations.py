@@ -109,7 +109,7 @@ def batch_norm_eval(
     running_var: Tensor,
     eps: float,
 ) -> Tensor:
-    """torch's own batch norm, to the bit, unless somebody differentiates its statistics, which torch's cannot."""
+    """Torch's own batch norm, to the bit, unless somebody differentiates its statistics, which torch's cannot."""
     if _differentiated(running_mean) or _differentiated(running_var):
         return batch_norm_affine(x, weight, bias, running_mean, running_var, eps)
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
@@ -170,7 +170,8 @@ SELECT = _names(
     masked_fill masked_select masked_scatter tril triu diagonal as_strided slice_scatter select_scatter
     diagonal_scatter scatter index_put atleast_1d atleast_2d atleast_3d ravel squeeze_copy lift_fresh_copy detach_copy
     overwrite copied view_as reshape_as float double half bfloat16 cuda cpu meshgrid embedding index_copy index_fill
-    native_channel_shuffle view_copy expand_copy permute_copy"""
+    native_channel_shuffle view_copy expand_copy permute_copy numpy_T mH H matrix_H positive resolve_conj resolve_neg
+    unsafe_split unsafe_chunk narrow_copy select_copy slice_copy"""
 )
 """Each element of the output is an element of an input, or a constant."""
 
@@ -188,7 +189,7 @@ LINEAR = _names(
     """sum cumsum add sub subtract rsub upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
     _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
     upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa scatter_add index_add col2im diff trace
-    fft_fft fft_rfft grid_sampler grid_sampler_2d grid_sampler_3d nansum sum_to_size lerp cumsum_ flip_sum"""
+    fft_fft fft_rfft grid_sampler grid_sampler_2d grid_sampler_3d nansum sum_to_size lerp"""
 )
 """Linear, or affine, in the operand that depends on the explained input."""
 
@@ -227,10 +228,8 @@ RANDOM = _names(
     "dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout rrelu_with_noise bernoulli multinomial"
 )
 
-POSITIVE = _names("relu relu6 sigmoid softmax _softmax exp square abs softplus hardsigmoid sqrt rsqrt threshold_relu")
+POSITIVE = _names("relu relu6 sigmoid softmax _softmax exp square abs softplus hardsigmoid sqrt rsqrt")
 """Their result is never negative."""
 
-KEEPS_SIGN = (
-    SELECT | WINNER | AVERAGE | _names("sum add mul div upsample_nearest2d upsample_bilinear2d cumsum prelu_ dropout")
-)
+KEEPS_SIGN = SELECT | WINNER | AVERAGE | _names("sum add mul div upsample_nearest2d upsample_bilinear2d cumsum")
 """Their result is not negative where no operand is."""

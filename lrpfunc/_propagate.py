@@ -114,7 +114,8 @@ def _uncovered(layers: list[Layer]) -> UncoveredLayerError:
     widths = [max(len(row[i]) for row in columns) for i in (0, 1)]
     table = "\n".join(f"    {n:<{widths[0]}}   {o:<{widths[1]}}   {shapes}" for n, o, shapes in columns)
     entries = dict.fromkeys(
-        _SUGGESTIONS.get(layer.kind, "(lrp.operation({!r}), lrp.Gradient())").format(layer.operation) for layer in layers
+        _SUGGESTIONS.get(layer.kind, "(lrp.operation({!r}), lrp.Gradient())").format(layer.operation)
+        for layer in layers
     )
     verb = "is" if len(layers) == 1 else "are"
     return UncoveredLayerError(

@@ -152,7 +152,10 @@ class _Explained:
         numbers = tuple(number % len(args) for number in numbers)
         places = self._places(args)
         self.others = tuple(
-            place for n, group in enumerate(places[1:], 1) for leaf, place in group if place is not None and _floating(leaf)
+            place
+            for n, group in enumerate(places[1:], 1)
+            for leaf, place in group
+            if place is not None and _floating(leaf)
         )
         explained = tuple(args[number] for number in numbers)
         self.spec = pytree.tree_structure(explained[0] if isinstance(argnums, int) else explained)
@@ -220,8 +223,7 @@ def _name_inputs(program: Program, args: tuple[Any, ...]) -> None:
 
 
 def _build_graph(program: Program, explained: _Explained, globs: tuple[str, ...]) -> Graph:
-    for node in program.outputs:
-        _check_output(node)
+    _check_output(program)
     sources = [None if place is None else program.inputs[place] for place in explained.positions]
     taps = [n for n, is_tap in zip([s for s in sources if s], explained.parameters, strict=True) if is_tap]
     data = [n for n in sources if n is not None and n not in taps]
@@ -240,19 +242,29 @@ def _build_graph(program: Program, explained: _Explained, globs: tuple[str, ...]
     return graph
 
 
-def _check_output(node: fx.Node) -> None:
-    value = node.meta["val"]
-    if not value.is_floating_point():
-        raise InputError(
-            f"the output has a tensor of {value.dtype} and shape {tuple(value.shape)}, where relevance, a floating-point "
-            "number, cannot start. Return the scores before argmax or a comparison, and other results as aux, with "
-            "has_aux=True"
-        )
+def _check_output(program: Program) -> None:
+    for leaf in program.output_spec[0]:
+        if leaf is not None and leaf[0] is not None:
+            raise InputError(
+                f"the output is {type(leaf[0]).__name__}, or has one, where relevance cannot start: it starts at tensors, "
+                "in containers that torch's pytree knows. Pick them, for example\n\n"
+                "    model_fn, params = lrpfunc.from_module(module, output=lambda out: out.logits)"
+            )
+    for node in program.outputs:
+        value = node.meta["val"]
+        if not value.is_floating_point():
+            raise InputError(
+                f"the output has a tensor of {value.dtype} and shape {tuple(value.shape)}, where relevance, a "
+                "floating-point number, cannot start. Return the scores before argmax or a comparison, and other "
+                "results as aux, with has_aux=True"
+            )
 
 
 def _named_nodes(program: Program, globs: tuple[str, ...], integers: list[fx.Node]) -> list[fx.Node]:
     """Where explaining starts when the input is made of integers: the outputs of the modules that were named."""
-    named = [leaf for name, leaves, _ in program.modules if _matches(name, globs) for leaf in leaves if leaf is not None]
+    named = [
+        leaf for name, leaves, _ in program.modules if _matches(name, globs) for leaf in leaves if leaf is not None
+    ]
     behind = set(integers)
     for node in program.graph.nodes:
         if any(n in behind for n in node.all_input_nodes):

@@ -205,4 +205,3 @@ def vjp(
         return forward.answer(forward.walk(relevances(relevance, leaves, spec)))
 
     return (output, pullback, forward.aux) if has_aux else (output, pullback)
-

@@ -270,7 +270,9 @@ def excitation_backprop(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = No
     """
     norm, plain = Norm(stabilizer), Gradient("relevance")
     rule = ZPlus(stabilizer, zero_params)
-    return Composite(((Activation, plain), (BatchNorm, plain), (Sum, norm), (AvgPool, norm), (Convolution | Dense, rule)))
+    return Composite(
+        ((Activation, plain), (BatchNorm, plain), (Sum, norm), (AvgPool, norm), (Convolution | Dense, rule))
+    )
 
 
 def gradient(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:

@@ -141,7 +141,8 @@ class _Functionalizer:
         self.current[old], self.made[old] = new, self.version[root]
 
     def _refuse(self, root: fx.Node) -> None:
-        kind = "closes over" if root.op == "get_attr" else "was given"
+        placeholders = [node for node in self.trace.module.graph.nodes if node.op == "placeholder"][1:]
+        kind = "closes over" if root not in placeholders[self.trace.closed :] else "was given"
         scope = self.scopes[-1] if self.scopes else ""
         raise CaptureError(
             f"the model function changes in place a tensor of shape {tuple(root.meta['val'].shape)} that it {kind}"
@@ -157,12 +158,12 @@ class _Functionalizer:
 
     def run(self) -> None:
         markers = self._markers()
-        placeholders = [node for node in self.trace.module.graph.nodes if node.op == "placeholder"]
+        tick, *_ = self.trace.module.graph.nodes
         for node in self.trace.module.graph.nodes:
             if node in markers:
                 self._mark(node, *markers[node])
             elif node.op in ("placeholder", "get_attr"):
-                if node is not placeholders[0]:
+                if node is not tick:
                     self._input(node)
             elif node.op == "call_function":
                 self._call(node)
@@ -339,11 +340,16 @@ def functional(trace: Trace) -> Program:
         if kind == "exit":
             leaves = [None if t is None else current[markers[event, i]] for i, t in enumerate(tensors[1:], 1)]
             modules.append((path, [leaf if leaf in alive else None for leaf in leaves], spec))
-    traced = list(trace.module.graph.nodes)
+    placeholders = [current[node] for node in trace.module.graph.nodes if node.op == "placeholder" and node in current]
+    constants = [node for node in trace.module.graph.nodes if node.op == "get_attr"]
+    closed: list[tuple[fx.Node, int | Tensor]] = [
+        *((node, index) for index, node in enumerate(placeholders[: trace.closed]) if node.users),
+        *((current[node], trace.constants[str(node.target)]) for node in constants),
+    ]
     return Program(
         graph=functionalizer.graph,
-        inputs=[current[node] for node in traced if node.op == "placeholder" and node in current],
-        closed=[(current[node], trace.tensors[str(node.target)]) for node in traced if node.op == "get_attr"],
+        inputs=placeholders[trace.closed :],
+        closed=closed,
         outputs=results[:count],
         output_spec=trace.outputs,
         aux=results[count:],

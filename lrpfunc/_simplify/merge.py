@@ -37,6 +37,7 @@ _CONVOLUTION = {
         "convolution",
     )
 }
+_RESHAPES = ("view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "flatten", "unflatten")
 _ADDS_PRODUCT = ("addmm", "baddbmm", "addmv")
 
 
@@ -48,6 +49,7 @@ class Affine:
         node: The dense operation or convolution.
         input, weight, bias: The positions of its operands; for `einsum` positions in its list of operands.
         convolution: Which of the two it is.
+        views: Changes of shape between the operation and the addition.
         addition: A node that adds a constant to the result, the layer's bias then.
         batch_norm: A batch norm in evaluation mode that is merged with it.
     """
@@ -57,12 +59,13 @@ class Affine:
     weight: int
     bias: int | None
     convolution: bool
+    views: tuple[fx.Node, ...] = ()
     addition: fx.Node | None = None
     batch_norm: fx.Node | None = None
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        return tuple(n for n in (self.node, self.addition, self.batch_norm) if n is not None)
+        return tuple(n for n in (self.node, *self.views, self.addition, self.batch_norm) if n is not None)
 
     @property
     def input_node(self) -> fx.Node:
@@ -76,7 +79,8 @@ class Affine:
     def bias_node(self) -> fx.Node | None:
         if self.addition is not None:
             first, second = self.addition.args[:2]
-            return second if first is self.node else first  # type: ignore[return-value]
+            previous = (self.node, *self.views)[-1]
+            return second if first is previous else first  # type: ignore[return-value]
         operands = self._operands()
         return operands[self.bias] if self.bias is not None and len(operands) > self.bias else None
 
@@ -117,10 +121,14 @@ class Affine:
         """Whether the operation itself can add the bias: one number a feature, on the axis it expects."""
         if bias is None or self.bias is None or bias.ndim != 1:
             return False
+        if self.views:
+            return False
         return not self.convolution or self.addition is None or self.batch_norm is not None
 
     def _add(self, z: Tensor, bias: Tensor | None) -> Tensor:
         beta: Any = self.node.kwargs.get("beta", 1)
+        for view in self.views:
+            z = view.target(z, *view.args[1:], **view.kwargs)  # type: ignore[operator]
         return z if bias is None else z + (bias if beta == 1 else beta * bias)
 
 
@@ -165,9 +173,15 @@ def affine(node: fx.Node, active: set[fx.Node]) -> Affine | None:
 def merge(found: Affine, active: set[fx.Node], kept: set[fx.Node]) -> Affine:
     """`found` with the addition of a constant and the batch norm that follow it and nothing else does."""
     follower = _only_user(found.node, kept)
-    if follower is not None and found.bias_node is None and _adds_constant(found.node, follower, active):
-        found = replace(found, addition=follower)
-        follower = _only_user(follower, kept)
+    if found.bias_node is None:
+        views: list[fx.Node] = []
+        last, addition = found.node, follower
+        while addition is not None and operation_name(addition) in _RESHAPES:
+            views.append(addition)
+            last, addition = addition, _only_user(addition, kept)
+        if addition is not None and _adds_constant(last, addition, active):
+            found = replace(found, views=tuple(views), addition=addition)
+            follower = _only_user(addition, kept)
     if follower is not None and _normalizes(found, follower):
         found = replace(found, batch_norm=follower)
     return found
@@ -196,12 +210,14 @@ def _adds_constant(node: fx.Node, follower: fx.Node, active: set[fx.Node]) -> bo
 def _normalizes(found: Affine, follower: fx.Node) -> bool:
     """Whether `follower` is a batch norm in evaluation mode over the output features of `found`."""
     previous = found.nodes[-1]
-    if follower.target is not batch_norm_eval or follower.args[0] is not previous:
+    if follower.target is not batch_norm_eval or follower.args[0] is not previous or found.views:
         return False
     value = previous.meta["val"]
     if any(previous is a for a in follower.args[1:]) or (found.input, found.weight) not in ((0, 1), (1, 2)):
         return False
-    if not found.convolution and (value.ndim != 2 or operation_name(found.node) not in ("linear", "addmm", "mm", "matmul")):
+    if not found.convolution and (
+        value.ndim != 2 or operation_name(found.node) not in ("linear", "addmm", "mm", "matmul")
+    ):
         return False
     if found.convolution and value.ndim != found.weight_node.meta["val"].ndim:
         return False  # an unbatched convolution: its first dimension is the channels
@@ -212,4 +228,3 @@ def _normalizes(found: Affine, follower: fx.Node) -> bool:
         return True
     shape = (1,) * (value.ndim - bias.meta["val"].ndim) + tuple(bias.meta["val"].shape)
     return shape == (1, value.shape[1], *[1] * (value.ndim - 2))
-

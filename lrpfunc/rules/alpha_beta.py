@@ -119,4 +119,3 @@ class AlphaBeta(Rule):
 
     def objection(self, layer: Layer) -> str | None:
         return needs_parameters(self, layer)
-

@@ -60,7 +60,7 @@ class Stop(Rule):
 
     Example:
         >>> import torch, lrpfunc as lrp
-        >>> rules = [(lrp.operation("exp"), lrp.Stop()), (lrp.Sum, lrp.Norm())]
+        >>> rules = [(lrp.operation("exp"), lrp.Stop()), (lrp.Sum, lrp.Norm(0.0))]
         >>> relevance_fn = lrp.attribute(lambda _, x: x.exp() + x, rules)
         >>> relevance_fn(None, torch.tensor([[0.0, 2.0]]), target=1)
         tensor([[0., 2.]])

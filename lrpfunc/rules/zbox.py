@@ -114,4 +114,3 @@ def _misfit(name: str, bound: tuple[int, ...], shape: tuple[int, ...], kind: Kin
     except RuntimeError:
         fits = False
     return None if fits else f"the bound `{name}` of shape {bound} does not broadcast to the input's shape {shape}"
-

@@ -1,0 +1,303 @@
+"""What is captured is the model function as it is now, whatever surrounds the call."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacfwd, jacrev, vmap
+from torch.nn import functional as F
+
+import lrpfunc as lrp
+from tests.cases import MODELS, Residual, normal, randomized
+from tests.oracles import largest_difference
+
+SCALE = torch.tensor(2.0, dtype=torch.float64)
+FACTOR = 2.0
+
+
+def reads_globals(w: Tensor, x: Tensor) -> Tensor:
+    return (x @ w) * SCALE * FACTOR
+
+
+def test_globals_and_closures_are_read_at_each_call() -> None:
+    global SCALE, FACTOR
+    w, x = torch.eye(2).double(), normal(1, 2)
+    fn = lrp.attribute(reads_globals, lrp.epsilon(0.0))
+    assert torch.allclose(fn(w, x), 4 * x)
+    SCALE = torch.tensor(3.0, dtype=torch.float64)  # rebound
+    assert torch.allclose(fn(w, x), 6 * x)
+    SCALE.fill_(5.0)  # changed in place
+    assert torch.allclose(fn(w, x), 10 * x)
+    FACTOR = 3.0  # a number
+    assert torch.allclose(fn(w, x), 15 * x)
+    SCALE, FACTOR = torch.tensor(2.0, dtype=torch.float64), 2.0
+
+    shift = torch.zeros(2).double()
+
+    def model_fn(w: Tensor, x: Tensor) -> Tensor:
+        return x @ w @ shift[:, None]
+
+    fn = lrp.attribute(model_fn, lrp.epsilon(0.0))
+    assert fn(w, x).abs().max() == 0
+    shift = torch.ones(2).double()
+    assert torch.allclose(fn(w, x), x)
+
+
+@pytest.mark.parametrize("kind", ["cell", "default", "attribute", "partial", "method", "namespace", "list", "dict"])
+def test_values_a_function_can_reach(kind: str) -> None:
+    holder = types.SimpleNamespace(scale=torch.tensor(2.0).double())
+
+    def model_fn(x: Tensor, scale: Any) -> Tensor:
+        return x * scale
+
+    def with_default(x: Tensor, scale: Any = holder.scale) -> Tensor:
+        return x * scale
+
+    class Model:
+        scale = holder.scale
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+        def method(self, x: Tensor) -> Tensor:
+            return self(x)
+
+    instance, listed, keyed = Model(), [holder.scale], {"scale": holder.scale}
+
+    def set_to(value: float) -> None:
+        scale = torch.tensor(value).double()
+        holder.scale = instance.scale = listed[0] = keyed["scale"] = scale
+        with_default.__defaults__ = (scale,)
+        partial.keywords["scale"] = scale
+
+    partial = functools.partial(model_fn, scale=holder.scale)
+    functions: dict[str, Any] = {
+        "cell": lambda x: x * holder.scale,
+        "default": with_default,
+        "attribute": instance,
+        "partial": partial,
+        "method": instance.method,
+        "namespace": lambda x: model_fn(x, holder.scale),
+        "list": lambda x: x * listed[0],
+        "dict": lambda x: x * keyed["scale"],
+    }
+    fn = lrp.attribute(functions[kind], lrp.gradient(), argnums=0)
+    x = normal(1, 3)
+    set_to(2.0)
+    assert torch.equal(fn(x), torch.full_like(x, 2))
+    set_to(5.0)
+    assert torch.equal(fn(x), torch.full_like(x, 5))
+
+
+def test_numbers_read_out_of_tensors_are_never_stale() -> None:
+    scale = torch.tensor(2.0)
+    fn = lrp.attribute(lambda x: x * scale.item(), lrp.gradient(), argnums=0)
+    assert fn(torch.ones(1, 1)).item() == 2
+    scale.fill_(7.0)
+    assert fn(torch.ones(1, 1)).item() == 7
+
+
+def test_fresh_lambdas_share_a_capture_only_if_they_are_the_same() -> None:
+    x = normal(1, 2)
+    results = [lrp.attribute(lambda x, k=k: x * k, lrp.gradient(), argnums=0)(x) for k in (1.0, 2.0, True)]
+    assert [r[0, 0].item() for r in results] == [1, 2, 1]
+
+
+def test_module_changes_are_seen() -> None:
+    module = randomized(Residual())
+    model_fn, params = lrp.from_module(module)
+    fn = lrp.attribute_and_value(model_fn, lrp.epsilon_plus())
+    x = normal(2, 2, 6, 6)
+
+    def check() -> None:
+        assert torch.equal(fn(params, x, target=1)[1], module(x))
+
+    check()
+    module.pool = nn.AvgPool2d(2)
+    check()
+    module.pool.kernel_size = 3
+    check()
+    module.fc.register_forward_hook(lambda module, args, output: 2 * output)
+    check()
+    params["fc.bias"].data.add_(1)
+    check()
+    module.forward = lambda x: module.fc(x.mean((2, 3)).repeat(1, 2)[:, :3])  # type: ignore[method-assign]
+    check()
+
+
+def test_shapes_dtypes_and_strides() -> None:
+    case = MODELS["residual"]()
+    fn = lrp.attribute_and_value(case.model_fn, lrp.epsilon_plus())
+    for x in (
+        normal(1, 2, 6, 6),
+        normal(3, 2, 8, 10),
+        normal(3, 2, 8, 10).contiguous(memory_format=torch.channels_last),
+    ):
+        relevance, value = fn(case.params, x, target=1)
+        assert relevance.shape == x.shape
+        assert torch.equal(value, case.model_fn(case.params, x))
+    low = {n: p.float() for n, p in case.params.items()}
+    assert fn(low, case.x.float(), target=1)[0].dtype == torch.float32
+
+
+def test_transforms_inside_the_model() -> None:
+    def attention_free(w: Tensor, x: Tensor) -> Tensor:
+        return vmap(lambda row: torch.relu(row @ w))(x)
+
+    w, x = normal(4, 3), normal(2, 4, seed=1)
+    plain = lrp.attribute(lambda w, x: torch.relu(x @ w), lrp.epsilon(0.1))
+    assert largest_difference(lrp.attribute(attention_free, lrp.epsilon(0.1))(w, x), plain(w, x)) < 1e-14
+
+    def gradient_of_energy(w: Tensor, x: Tensor) -> Tensor:
+        return grad(lambda x: ((x @ w).square()).sum())(x)
+
+    fn = lrp.attribute(gradient_of_energy, lrp.gradient())
+    assert largest_difference(fn(w, x), grad(lambda x: gradient_of_energy(w, x).sum())(x)) < 1e-13
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).double()
+    model_fn, params = lrp.from_module(module)
+    batched = lrp.attribute(lambda p, x: vmap(lambda row: model_fn(p, row))(x), lrp.epsilon(0.1))
+    assert largest_difference(batched(params, x), lrp.attribute(model_fn, lrp.epsilon(0.1))(params, x)) < 1e-14
+
+
+SURROUNDINGS: dict[str, Any] = {
+    "vmap": lambda f, x: vmap(f)(x[None])[0],
+    "grad": lambda f, x: grad(lambda x: f(x).sum())(x),
+    "jacrev": lambda f, x: jacrev(f)(x).sum(),
+    "jacfwd": lambda f, x: jacfwd(f)(x).sum(),
+    "vmap_grad": lambda f, x: vmap(grad(lambda x: f(x).sum()))(x[None])[0],
+    "grad_vmap": lambda f, x: grad(lambda x: vmap(f)(x[None]).sum())(x),
+    "jacfwd_jacrev": lambda f, x: jacfwd(jacrev(lambda x: f(x).sum()))(x).sum(),
+    "no_grad": lambda f, x: torch.no_grad()(f)(x),
+    "inference_mode": lambda f, x: torch.inference_mode()(f)(x.clone()),
+}
+
+
+@pytest.mark.parametrize("surrounding", SURROUNDINGS)
+def test_first_call_from_inside(surrounding: str) -> None:
+    """A capture that happens inside a transform is the one that happens outside."""
+    case = MODELS["smooth"]()
+    x = case.x[:1]
+    results = []
+    for warm in (False, True):
+        fn = lrp.attribute(lambda p, x, warm=warm: case.model_fn(p, x) * (1.0 + 0 * warm), lrp.epsilon(0.1))
+        if warm:
+            fn(case.params, x, target=1)
+        results.append(SURROUNDINGS[surrounding](lambda x, fn=fn: fn(case.params, x, target=1), x))
+    assert largest_difference(*results) == 0
+
+
+def test_eight_threads_share_a_transform_while_the_model_runs() -> None:
+    module = randomized(Residual())
+    model_fn, params = lrp.from_module(module)
+    fn = lrp.attribute(model_fn, lrp.epsilon_plus())
+    inputs = [normal(1 + i % 4, 2, 6, 6 + i, seed=i) for i in range(8)]
+    expected = [module(x).detach() for x in inputs]
+    stop = threading.Event()
+    wrong: list[Any] = []
+
+    def keep_running() -> None:
+        while not stop.is_set():
+            wrong.extend(x for x, y in zip(inputs, expected, strict=True) if not torch.equal(module(x), y))
+
+    results: list[Any] = [None] * 8
+    user = threading.Thread(target=keep_running)
+    user.start()
+    workers = [
+        threading.Thread(target=lambda i=i: results.__setitem__(i, fn(params, inputs[i], target=1))) for i in range(8)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    stop.set()
+    user.join()
+    assert not wrong
+    for x, relevance in zip(inputs, results, strict=True):
+        assert torch.equal(relevance, fn(params, x, target=1))
+    assert all(p is q for (_, p), q in zip(module.named_parameters(), module.parameters(), strict=True))
+    assert not any(isinstance(p, torch._subclasses.FakeTensor) for p in module.parameters())
+
+
+def test_functional_call_by_hand() -> None:
+    module = randomized(Residual())
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    fn = lrp.attribute(lambda p, x: functional_call(module, p, (x,)), lrp.epsilon_plus())
+    model_fn, params = lrp.from_module(module)
+    floating = {n: t for n, t in tensors.items() if t.is_floating_point()}
+    x = normal(2, 2, 6, 6)
+    assert torch.equal(fn(floating, x, target=0), lrp.attribute(model_fn, lrp.epsilon_plus())(params, x, target=0))
+
+
+IN_PLACE: dict[str, Any] = {
+    "activation": lambda x: F.relu(x * 1.0, inplace=True),
+    "residual": lambda x: (x * 2.0).add_(x),
+    "both_names": lambda x: (lambda y: (y.relu_(), y)[1] * 1.0)(x * 1.0),
+    "through_a_view": lambda x: (lambda y: (y.view(-1).mul_(3.0), y)[1] * 1.0)(x * 1.0),
+    "part": lambda x: (lambda y: (y[:, 1].zero_(), y)[1] * 2.0)(x * 1.0),
+    "part_by_index": lambda x: (lambda y: (y.__setitem__((slice(None), 0), 2.0 * x[:, 1]), y)[1])(x * 1.0),
+    "view_read_later": lambda x: (lambda y, v: (y.relu_(), v)[1] * 1.0)(*(lambda y: (y, y[:, :2]))(x * 1.0)),
+    "narrowed": lambda x: (lambda y: (y.narrow(1, 0, 2).mul_(2.0), y)[1] * 1.0)(x * 1.0),
+    "masked": lambda x: (x * 1.0).masked_fill_(torch.tensor([True, False, False, False]), 0.5),
+    "squeezed": lambda x: (x * 1.0).unsqueeze_(0).squeeze_(0) * 1.0,
+    "copied": lambda x: torch.zeros_like(x).copy_(x) * 3.0,
+    "into_zeros": lambda x: (lambda y: (y[:, 1:3].copy_(x[:, :2]), y)[1])(torch.zeros_like(x)),
+    "no_dropout": lambda x: (lambda y: (F.dropout(y, 0.5, False).relu_(), y)[1] * 1.0)(x * 1.0),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_operations(name: str) -> None:
+    f, x = IN_PLACE[name], normal(2, 4)
+    rules = [(lrp.Activation, lrp.Pass())]
+    cotangent = normal(*f(x).shape, seed=1)
+    output, pullback = lrp.vjp(f, lrp.gradient(), x, argnums=0)
+    expected, plain = torch.func.vjp(f, x)
+    assert torch.equal(output, expected)
+    assert largest_difference(pullback(cotangent), plain(cotangent)[0]) == 0
+    relevance = lrp.attribute(f, rules, argnums=0)
+    vmapped = vmap(lambda x: relevance(x, target=cotangent))(torch.stack([x, -x]))
+    assert largest_difference(vmapped, torch.stack([relevance(v, target=cotangent) for v in (x, -x)])) < 1e-12
+    explanation = lrp.explain(f, rules, argnums=0)(x, target=cotangent)
+    assert abs(explanation.residual) < 1e-12
+
+
+def test_capture_follows_autocast_and_default_dtype() -> None:
+    def model_fn(w: Tensor, x: Tensor) -> Tensor:
+        y = x @ w
+        return y * 2 if y.dtype == torch.bfloat16 else y + torch.ones(())
+
+    w, x = torch.eye(2), torch.ones(1, 2)
+    fn = lrp.attribute_and_value(model_fn, lrp.epsilon(0.0))
+    assert fn(w, x)[1].dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        relevance, value = fn(w, x)
+    assert value.dtype == torch.bfloat16
+    assert torch.equal(value, torch.full_like(value, 2.0))
+    assert torch.allclose(relevance, 2 * x)
+
+
+def test_no_grad_and_detach_stop_relevance() -> None:
+    def model_fn(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = x * 2
+        return x + scale + x.detach()
+
+    relevance = lrp.attribute(model_fn, lrp.epsilon(0.0), argnums=0)
+    x = normal(1, 3)
+    assert torch.allclose(relevance(x), x)
+    assert torch.allclose(jacrev(lambda x: relevance(x))(x).squeeze(), torch.eye(3).double())
+
+
+def test_a_call_leaves_no_thread_and_no_mode() -> None:
+    threads = threading.active_count()
+    case = MODELS["mlp"]()
+    lrp.attribute(case.model_fn, lrp.epsilon())(case.params, case.x, target=1)
+    assert threading.active_count() == threads
+    assert torch.is_grad_enabled()
+    assert not torch.overrides._get_current_function_mode_stack()

@@ -1,0 +1,125 @@
+"""Derivatives of relevance are exact: they agree with finite differences for every rule and composite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, jacfwd, jacrev
+
+import lrpfunc as lrp
+from tests.cases import COMPOSITES, ELEMENTWISE_RULES, LINEAR_RULES, MODELS, SUM_RULES, Case, normal, smooth, with_rule
+from tests.oracles import finite_difference_error, largest_difference
+
+
+def scalar(case: Case, rules: lrp.Composite, params: Any, x: Tensor, target: Any = 1) -> Tensor:
+    relevance = lrp.attribute(case.model_fn, rules)(params, x, target=target)
+    return (relevance * normal(*relevance.shape, seed=7)).sum() + relevance.square().sum()
+
+
+ALL = {
+    **COMPOSITES,
+    **{f"dense_{name}": with_rule(rule) for name, rule in LINEAR_RULES.items()},
+    **{
+        f"activation_{name}": lrp.Composite([(lrp.Activation, rule)]) + lrp.epsilon(0.1, stabilizer=0.1)
+        for name, rule in ELEMENTWISE_RULES.items()
+    },
+    **{
+        f"sum_{name}": lrp.Composite([(lrp.Sum, rule)]) + lrp.epsilon(0.1, stabilizer=0.1)
+        for name, rule in SUM_RULES.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_equal_finite_differences(model: str, name: str) -> None:
+    case, rules = MODELS[model](), ALL[name]
+    # With respect to the input; and to every parameter, running statistics included.
+    assert finite_difference_error(lambda x: scalar(case, rules, case.params, x), case.x) < 1e-6
+    assert finite_difference_error(lambda p: scalar(case, rules, p, case.x), case.params) < 1e-6
+
+
+HYPERPARAMETERS = {
+    "epsilon": lambda t: with_rule(lrp.Epsilon(t)),
+    "epsilon_clip": lambda t: with_rule(lrp.Epsilon(lrp.Stabilizer(t, clip=True))),
+    "epsilon_norm_scale": lambda t: with_rule(lrp.Epsilon(lrp.Stabilizer(t, norm_scale=True))),
+    "gamma": lambda t: with_rule(lrp.Gamma(t, 0.1)),
+    "alpha_beta": lambda t: with_rule(lrp.AlphaBeta(1 + t, t, 0.1)),
+    "low": lambda t: with_rule(lrp.ZBox(-3 - t, 3.0, 0.1)),
+    "high": lambda t: with_rule(lrp.ZBox(-3.0, 3 + t, 0.1)),
+    "stabilizer": lambda t: lrp.epsilon_plus_flat(t, stabilizer=t),
+    "norm": lambda t: lrp.Composite([(lrp.AvgPool | lrp.Sum, lrp.Norm(t))]) + lrp.epsilon(0.1),
+    "beta_smooth": lambda t: lrp.Composite([(lrp.Activation, lrp.ReLUBetaSmooth(t))], cotangent=True),
+    "weight_of_rule": lambda t: with_rule(t * lrp.Epsilon(0.1) + lrp.ZPlus(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", HYPERPARAMETERS)
+@pytest.mark.parametrize("model", ["residual", "smooth"])
+def test_hyperparameters_are_differentiable(model: str, name: str) -> None:
+    case = MODELS[model]()
+    at = torch.tensor(0.3, dtype=torch.float64)
+    make = HYPERPARAMETERS[name]
+    if not (model, name) == ("smooth", "norm"):  # that model has neither sums nor average pooling
+        assert grad(lambda t: scalar(case, make(t), case.params, case.x))(at) != 0
+    assert finite_difference_error(lambda t: scalar(case, make(t), case.params, case.x), at) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["epsilon", "epsilon_plus", "gradient"])
+def test_second_derivatives(name: str) -> None:
+    case, rules = smooth(), COMPOSITES[name]
+
+    def gradient_norm(x: Tensor) -> Tensor:
+        return grad(lambda x: scalar(case, rules, case.params, x))(x).square().sum()
+
+    assert finite_difference_error(gradient_norm, case.x) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["epsilon_plus_flat", "epsilon_gamma_box", "guided_backprop"])
+def test_forward_and_reverse_jacobians_agree(name: str) -> None:
+    case, rules = smooth(), COMPOSITES[name]
+
+    def relevance(x: Tensor) -> Tensor:
+        return lrp.attribute(case.model_fn, rules)(case.params, x, target=2)
+
+    assert largest_difference(jacfwd(relevance)(case.x), jacrev(relevance)(case.x)) < 1e-12
+
+
+def test_backward_equals_grad() -> None:
+    case, rules = MODELS["residual"](), COMPOSITES["epsilon_plus"]
+    params = {name: p.detach().clone().requires_grad_() for name, p in case.params.items()}
+    scalar(case, rules, params, case.x).backward()
+    expected = grad(lambda p: scalar(case, rules, p, case.x))({n: p.detach() for n, p in params.items()})
+    assert largest_difference({n: p.grad for n, p in params.items()}, expected) < 1e-12
+
+
+def test_starting_relevance_is_differentiable() -> None:
+    case = smooth()
+    start = normal(2, 3)
+    assert finite_difference_error(lambda r: scalar(case, lrp.epsilon(0.1), case.params, case.x, r), start) < 1e-6
+    through_output = lambda out: out.softmax(-1) * out  # noqa: E731
+    assert (
+        finite_difference_error(lambda x: scalar(case, lrp.epsilon(0.1), case.params, x, through_output), case.x) < 1e-6
+    )
+
+
+def test_value_and_relevance_train_together() -> None:
+    """The loss on the value has the plain model's gradients, and the sum of losses the sum of the gradients."""
+    case = MODELS["residual"]()
+    fn = lrp.attribute_and_value(case.model_fn, lrp.epsilon_plus(0.1, stabilizer=0.1))
+
+    def task(p: Any) -> Tensor:
+        return fn(p, case.x, target=1)[1].square().sum()
+
+    def both(p: Any) -> Tensor:
+        relevance, value = fn(p, case.x, target=1)
+        return relevance.square().sum() + value.square().sum()
+
+    trained = {n: p for n, p in case.params.items() if "running" not in n}
+    rest = {n: p for n, p in case.params.items() if "running" in n}
+    expected = grad(lambda p: case.model_fn({**p, **rest}, case.x).square().sum())(trained)
+    assert largest_difference(grad(lambda p: task({**p, **rest}))(trained), expected) < 1e-14
+    assert finite_difference_error(both, case.params) < 1e-6

@@ -1,0 +1,44 @@
+"""The public surface is documented, and everything on it is."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+import lrpfunc as lrp
+from tests.cases import COMPOSITES
+
+PUBLIC = [name for name in vars(lrp) if not name.startswith("_") and not inspect.ismodule(getattr(lrp, name))]
+ERRORS = [name for name in PUBLIC if name.endswith("Error")]
+SELECTORS = ["Dense", "Convolution", "Activation", "ReLU", "BatchNorm", "AvgPool", "Sum"]
+PARTS = ["BoundLayer", "Kind", "Layer", "Multiplier", "Relevance"]
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLIC if n not in (*ERRORS, *SELECTORS, *PARTS)])
+def test_every_public_name_has_an_example(name: str) -> None:
+    assert "Example:" in (inspect.getdoc(getattr(lrp, name)) or "")
+
+
+@pytest.mark.parametrize("name", [*ERRORS, *PARTS])
+def test_every_other_public_name_has_a_docstring(name: str) -> None:
+    assert getattr(lrp, name).__doc__
+
+
+def test_errors_are_builtin_errors_too() -> None:
+    for name in ERRORS:
+        assert any(base.__module__ == "builtins" and base is not Exception for base in getattr(lrp, name).__mro__[1:-3])
+
+
+def test_every_composite_is_in_the_list() -> None:
+    functions = [f for f in vars(lrp).values() if inspect.isfunction(f)]
+    recipes = {f.__name__ for f in functions if f.__annotations__.get("return") == "Composite"}
+    assert recipes == set(COMPOSITES)
+    for recipe in recipes:
+        parameters = inspect.signature(getattr(lrp, recipe)).parameters
+        assert {"stabilizer", "zero_params"} <= set(parameters)
+
+
+def test_python_and_torch_are_supported() -> None:
+    assert torch.__version__ >= "2.13"
