@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from lrpfunc._environment import Environment, describe_tensor
 from lrpfunc._errors import CaptureError
-from lrpfunc._record import Recorder, inside_transform, recording
+from lrpfunc._record import Recorder, recording
+from lrpfunc._torch import inside_transform
 
 T = TypeVar("T")
 
@@ -240,8 +241,9 @@ def _trace(
 
 
 def _explain_failure(error: Exception) -> CaptureError:
+    first_line, *_ = [*str(error).splitlines(), ""]
     return CaptureError(
-        f"the model function could not be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+        f"the model function could not be traced: {type(error).__name__}: {first_line}\n"
         "The usual reason is Python control flow that depends on the numbers inside a tensor (`if x.sum() > 0:`, "
         "`int(mask.sum())`). Write it with torch.where or a mask, or pass the number as a Python argument"
     )

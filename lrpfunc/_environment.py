@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lrpfunc._errors import CaptureError
+from lrpfunc._torch import is_wrapped
 
 _ATOMS = (
     int,
@@ -122,7 +123,7 @@ class Environment:
         return self._instance(obj, name)
 
     def _tensor(self, tensor: Tensor, name: str) -> Hashable:
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if is_wrapped(tensor):
             raise CaptureError(
                 f"the model function closes over `{name}`, a tensor of shape {tuple(tensor.shape)} that an outer "
                 "vmap, grad or jvp transforms. A closure cannot be traced apart from that transform. Pass the tensor "

@@ -13,8 +13,10 @@ from torch import Tensor, fx
 from lrpfunc._errors import CaptureError
 from lrpfunc._graph import STRUCTURAL, BoundLayer, Kind, Layer
 from lrpfunc._message import Message
+from lrpfunc._operations import operation_name
 from lrpfunc._run import Argnums
 from lrpfunc._target import Contrast, OneHot, Target, start
+from lrpfunc._torch import is_wrapped
 from lrpfunc._transform import Attribution, Rules, attribute, run_forward
 from lrpfunc.rules import Rule
 from lrpfunc.rules._plumbing import absorbed_by_several
@@ -123,8 +125,6 @@ def _line(row: Row) -> tuple[str, ...]:
 
 
 def _follower(node: fx.Node) -> str:
-    from lrpfunc._operations import operation_name
-
     return {"batch_norm_eval": "batch_norm"}.get(operation_name(node), operation_name(node))
 
 
@@ -183,7 +183,7 @@ class Explainer:
 
 def _refuse_abstract(values: Any) -> None:
     tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
-    if torch.compiler.is_compiling() or any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+    if torch.compiler.is_compiling() or any(map(is_wrapped, tensors)):
         raise CaptureError(
             "explain prints numbers, and inside vmap, grad or torch.compile there are none yet. Call it outside, or "
             "use lrpfunc.attribute(model_fn, rules, layers='*'), which returns the relevance of every layer as tensors"

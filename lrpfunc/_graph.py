@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from lrpfunc import _operations as ops
 from lrpfunc._simplify import Affine, Program, merge
 from lrpfunc._simplify.merge import affine
+from lrpfunc._torch import jvp, map_arg, vjp
 
 
 class Kind(enum.StrEnum):
@@ -132,7 +133,7 @@ class BoundLayer:
 
     def transpose(self, s: Tensor, weight: Tensor) -> Tensor:
         r""":math:`J_W^T(s)`, shaped like the input."""
-        _, pullback = torch.func.vjp(lambda x: self.affine(x, weight, None), self.input)
+        _, pullback = vjp(lambda x: self.affine(x, weight, None), self.input)
         return pullback(s.to(self.output.dtype))[0]
 
     def shift(self, bias: Tensor | None) -> Tensor:
@@ -150,7 +151,7 @@ class BoundLayer:
                 return inner[node] if node in inner else self.values[node]
 
             for node in self.layer.nodes:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
+                args, kwargs = map_arg((node.args, node.kwargs), read)
                 inner[node] = ops.call(node, args, kwargs, walking=True)
             result = inner[self.layer.nodes[-1]]
             if isinstance(result, Tensor):
@@ -162,13 +163,13 @@ class BoundLayer:
     def vjp(self, *cotangents: Tensor, wrt: Sequence[fx.Node] | None = None) -> tuple[Tensor, ...]:
         """The plain VJP, with respect to the inputs unless told otherwise."""
         wrt = self.layer.inputs if wrt is None else wrt
-        output, pullback = torch.func.vjp(self.function(wrt), *(self.values[node] for node in wrt))
+        output, pullback = vjp(self.function(wrt), *(self.values[node] for node in wrt))
         return pullback(cotangents[0] if isinstance(output, Tensor) else tuple(cotangents))
 
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The derivative in a direction, one tensor an output."""
         primals = tuple(x.contiguous() for x in self.inputs)  # an expanded tensor cannot carry a tangent
-        _, tangent = torch.func.jvp(self.function(self.layer.inputs), primals, tuple(t.contiguous() for t in tangents))
+        tangent = jvp(self.function(self.layer.inputs), primals, tuple(t.contiguous() for t in tangents))
         return (tangent,) if isinstance(tangent, Tensor) else tangent
 
     @property

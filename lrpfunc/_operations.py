@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from lrpfunc._torch import is_wrapped, vjp
+
 aten = torch.ops.aten
 
 
@@ -33,7 +35,7 @@ def overwrite(base: Tensor, new: Tensor, view: Any) -> Tensor:
         result = base.clone()
         view(result).copy_(new)
         return result
-    _, transpose = torch.func.vjp(view, base)
+    _, transpose = vjp(view, base)
     (written,) = transpose(torch.ones_like(new))
     (placed,) = transpose(new)
     return torch.where(written != 0, placed, base)
@@ -96,7 +98,7 @@ def batch_norm_scale(
 
 def _differentiated(tensor: Tensor) -> bool:
     """Whether somebody may take derivatives with respect to `tensor`, by torch.func or by autograd."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.requires_grad:
+    if is_wrapped(tensor) or tensor.requires_grad:
         return True
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
@@ -186,7 +188,8 @@ SCALE = _names("mul div divide multiply true_divide neg negative")
 """Scaling by what does not depend on the explained input."""
 
 LINEAR = _names(
-    """sum cumsum add sub subtract rsub upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    """sum cumsum add sub subtract rsub upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    _upsample_nearest_exact1d
     _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
     upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa scatter_add index_add col2im diff trace
     fft_fft fft_rfft grid_sampler grid_sampler_2d grid_sampler_3d nansum sum_to_size lerp"""
@@ -218,7 +221,8 @@ NORMALIZATION = _names(
 )
 
 UNDIFFERENTIABLE = _names(
-    """detach sign sgn round floor ceil trunc floor_divide zeros_like ones_like full_like empty_like rand_like randn_like
+    """detach sign sgn round floor ceil trunc floor_divide
+    zeros_like ones_like full_like empty_like rand_like randn_like
     new_zeros new_ones new_full new_empty bernoulli argmax argmin heaviside zeroed dropout_mask batch_statistics
     lift_fresh"""
 )

@@ -12,12 +12,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from lrpfunc._torch import inside_transform
+
 _local = threading.local()
-
-
-def inside_transform() -> bool:
-    """Whether a torch.func transform is running in this thread."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Recorder:

@@ -146,8 +146,9 @@ class _Explained:
         for number in numbers:
             if not -len(args) <= number < len(args):
                 raise InputError(
-                    f"argnums={argnums} names argument {number}, but the function was called with {len(args)} positional "
-                    f"arguments. For a function f(x) without parameters write argnums=0, and pass inputs by position"
+                    f"argnums={argnums} names argument {number}, but the function was called with {len(args)} "
+                    f"positional arguments. For a function f(x) without parameters write argnums=0, and "
+                    "pass inputs by position"
                 )
         numbers = tuple(number % len(args) for number in numbers)
         places = self._places(args)
@@ -246,8 +247,8 @@ def _check_output(program: Program) -> None:
     for leaf in program.output_spec[0]:
         if leaf is not None and leaf[0] is not None:
             raise InputError(
-                f"the output is {type(leaf[0]).__name__}, or has one, where relevance cannot start: it starts at tensors, "
-                "in containers that torch's pytree knows. Pick them, for example\n\n"
+                f"the output is {type(leaf[0]).__name__}, or has one, where relevance cannot start: it starts at "
+                "tensors, in containers that torch's pytree knows. Pick them, for example\n\n"
                 "    model_fn, params = lrpfunc.from_module(module, output=lambda out: out.logits)"
             )
     for node in program.outputs:
@@ -309,6 +310,6 @@ def _leaf_module(name: str, earlier: str) -> bool:
 def _not_found(globs: tuple[str, ...], names: list[str]) -> LayerNotFoundError:
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return LayerNotFoundError(
-        f"layers={globs[0] if len(globs) == 1 else list(globs)!r} matches no layer that depends on the explained input. "
-        f"The names are {shown or 'none'}. A glob matches whole names: write '*conv1' for 'layer1.0.conv1'"
+        f"layers={globs[0] if len(globs) == 1 else list(globs)!r} matches no layer that depends on the explained "
+        f"input. The names are {shown or 'none'}. A glob matches whole names: write '*conv1' for 'layer1.0.conv1'"
     )

@@ -67,7 +67,7 @@ class Case:
     """A model function, its parameters and an input, in float64."""
 
     model_fn: Callable[..., Any]
-    params: dict[str, Tensor]
+    params: dict[str, Any]
     x: Tensor
     rules: lrp.Composite | None = None
 
@@ -116,7 +116,7 @@ def functional_mlp(params: dict[str, Any], x: Tensor) -> Tensor:
     return torch.addmm(params["second"]["b"], hidden, params["second"]["w"])
 
 
-def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+def randomized(module: nn.Module, seed: int = 0) -> Any:
     """In float64 and evaluation mode, every parameter and running statistic drawn anew."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double().eval()

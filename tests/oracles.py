@@ -19,6 +19,12 @@ def largest_difference(ours: Any, theirs: Any) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs) / (scale or 1.0)
 
 
+def plain_vjp(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """`torch.func.vjp` without an auxiliary output."""
+    output, pullback, *_ = torch.func.vjp(fn, *primals)
+    return output, pullback
+
+
 def finite_difference_error(fn: Callable[[Any], Tensor], at: Any, seed: int = 0, step: float = 3e-5) -> float:
     """The relative error of `torch.func.grad(fn)` along a random direction, against finite differences.
 

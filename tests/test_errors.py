@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import lrpfunc as lrp
 from tests.cases import MODELS, Residual, normal, randomized
@@ -32,9 +33,11 @@ def test_uncovered_layers_are_listed_with_the_line_to_write() -> None:
         "    layer_norm   layer_norm   (2, 4) -> (2, 4)\n"
         "    softmax      softmax      (2, 4) -> (2, 4)\n\n"
         "Relevance would be lost or invented there. Add rules in front of yours, for example\n\n"
-        "    rules = [(lrp.operation('layer_norm'), lrp.Gradient()), (lrp.operation('softmax'), lrp.Gradient())] + rules"
+        "    rules = [(lrp.operation('layer_norm'), lrp.Gradient()), "
+        "(lrp.operation('softmax'), lrp.Gradient())] + rules"
     )
-    rules = [(lrp.operation("layer_norm"), lrp.Gradient()), (lrp.operation("softmax"), lrp.Gradient())] + lrp.epsilon()
+    mine = [(lrp.operation("layer_norm"), lrp.Gradient()), (lrp.operation("softmax"), lrp.Gradient())]
+    rules = mine + lrp.epsilon()
     assert lrp.attribute(model_fn, rules)(W, X, target=0).shape == X.shape
 
 
@@ -61,9 +64,9 @@ def test_rule_on_a_layer_it_cannot_serve() -> None:
     with pytest.raises(lrp.RuleError, match=r"1 layer .*\n\n    relu   relu   .*\n.*Epsilon.* this one is not linear"):
         lrp.attribute(model_fn, [(lrp.Activation, lrp.Epsilon())])(W, X)
     with pytest.raises(lrp.RuleError, match="ZPlus modifies weights, which only dense layers and convolutions have"):
-        lrp.attribute(model_fn, [(lrp.AvgPool, lrp.ZPlus())] + lrp.epsilon())(W, X)
+        lrp.attribute(model_fn, [(lrp.AvgPool, lrp.ZPlus()), *lrp.epsilon()])(W, X)
     with pytest.raises(lrp.RuleError, match="Pass serves layers with one input that has the shape of the output"):
-        lrp.attribute(model_fn, [(lrp.Dense, lrp.Pass())] + lrp.epsilon())(W, X)
+        lrp.attribute(model_fn, [(lrp.Dense, lrp.Pass()), *lrp.epsilon()])(W, X)
     with pytest.raises(lrp.RuleError, match="2 layers cannot be served"):
         lrp.attribute(model_fn, [(lambda layer: True, lrp.WSquare())])(W, X)
 
@@ -130,7 +133,7 @@ def test_integer_targets_need_a_vector_or_a_matrix() -> None:
 def test_what_is_explained_must_be_floating_point() -> None:
     with pytest.raises(lrp.InputError, match=r"argument 1: it is a tensor of torch.int64.*write x.float\(\).*layers="):
         lrp.attribute(lambda w, x: F.embedding(x, w))(W, torch.tensor([1, 2]))
-    with pytest.raises(lrp.InputError, match="it is a tensor of torch.complex64"):
+    with pytest.raises(lrp.InputError, match=r"it is a tensor of torch.complex64"):
         lrp.attribute(lambda w, x: x.real)(W, torch.ones(2, dtype=torch.complex64))
     with pytest.raises(lrp.InputError, match=r"argument 1 at `b`: it is 3, which is no tensor"):
         lrp.attribute(lambda w, x: x["a"] * x["b"])(W, {"a": X, "b": 3})
@@ -152,7 +155,7 @@ def test_the_output_must_be_floating_point_tensors() -> None:
         lrp.attribute(linear, has_aux=True)(W, X)
     with pytest.raises(lrp.InputError, match=r"model_fn must be a function .* not int"):
         lrp.attribute(3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="from_module takes a torch.nn.Module, not function"):
+    with pytest.raises(TypeError, match=r"from_module takes a torch.nn.Module, not function"):
         lrp.from_module(linear)  # type: ignore[arg-type]
 
 
@@ -181,13 +184,13 @@ class Doubled(torch.autograd.Function):
 
 
 def test_custom_autograd_functions() -> None:
-    with pytest.raises(lrp.CaptureError, match="(?s)custom autograd.Function Doubled.*inline_functions=True"):
+    with pytest.raises(lrp.CaptureError, match=r"(?s)custom autograd.Function Doubled.*inline_functions=True"):
         lrp.attribute(lambda w, x: Doubled.apply(x @ w))(W, X)
     with pytest.raises(lrp.CaptureError, match="Doubled"):
         lrp.attribute(lambda w, x: x @ Doubled.apply(w))(W, X)
     relevance = lrp.attribute(lambda w, x: Doubled.apply(x @ w), lrp.epsilon(0.0), inline_functions=True)(W, X)
     assert torch.allclose(relevance.sum(), 2 * (X @ W).sum())
-    checkpointed = lambda w, x: torch.utils.checkpoint.checkpoint(linear, w, x, use_reentrant=False)  # noqa: E731
+    checkpointed = lambda w, x: checkpoint(linear, w, x, use_reentrant=False)  # noqa: E731
     assert lrp.attribute(checkpointed, lrp.epsilon())(W, X).shape == X.shape
 
 
@@ -226,7 +229,7 @@ def test_control_flow_on_values() -> None:
 
 
 def test_errors_of_the_model_come_through() -> None:
-    with pytest.raises(RuntimeError, match="mat1 and mat2|size|same reduction dim"):
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2|size|same reduction dim"):
         lrp.attribute(linear)(W.T, X)
     with pytest.raises(ZeroDivisionError):
         lrp.attribute(lambda w, x: x / (1 // 0))(W, X)

@@ -252,7 +252,7 @@ class TestTrainingMode:
     """Batch norm keeps learning while one explains."""
 
     def setup_method(self) -> None:
-        self.module = randomized(Residual()).train()
+        self.module: Any = randomized(Residual()).train()
         self.module.drop.p = 0.0
         self.model_fn, self.params = lrp.from_module(self.module, return_buffers=True)
         self.x = normal(4, 2, 6, 6)
@@ -286,7 +286,7 @@ class TestTrainingMode:
         layers = lrp.explain(self.model_fn, has_aux=True)(self.params, self.x, target=0).rows
         kinds = [row.layer.kind for row in layers]
         assert kinds.count(lrp.Kind.BATCH_NORM) == 2
-        with pytest.raises(lrp.UncoveredLayerError, match="bn1.*batch_norm_train"):
+        with pytest.raises(lrp.UncoveredLayerError, match=r"bn1.*batch_norm_train"):
             lrp.attribute(self.model_fn, [(lrp.Activation, lrp.Pass())], has_aux=True)(self.params, self.x)
 
     def test_dropout_draws_what_the_module_draws(self) -> None:

@@ -27,6 +27,7 @@ from lrpfunc._operations import (
     overwrite,
     zeroed,
 )
+from lrpfunc._torch import map_arg
 
 
 @dataclass(eq=False)
@@ -58,7 +59,7 @@ class Program:
             values[node] = environment[source] if isinstance(source, int) else source
         for node in self.graph.nodes:
             if node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = call(node, args, kwargs)
         return values
 
@@ -224,7 +225,7 @@ class _Functionalizer:
             self._plain(node)
 
     def _mapped(self, node: fx.Node) -> tuple[Any, Any]:
-        return fx.node.map_arg((node.args, node.kwargs), self.read)  # type: ignore[return-value]
+        return map_arg((node.args, node.kwargs), self.read)  # type: ignore[return-value]
 
     def _plain(self, node: fx.Node) -> None:
         if node.target is operator.getitem and isinstance(self.current[node.args[0]], tuple):  # type: ignore[index]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfunc._operations import aten, batch_norm_eval, batch_norm_scale, call, operation_name
+from lrpfunc._torch import map_arg
 
 # Where an operation that is linear in its operands has input, weight and bias.
 _DENSE = {
@@ -95,7 +96,7 @@ class Affine:
         bias = None if self.bias_node is None else values[self.bias_node]
         if self.batch_norm is None:
             return weight, bias
-        args = [values[a] if isinstance(a, fx.Node) else a for a in self.batch_norm.args[1:]]
+        args: Any = [values[a] if isinstance(a, fx.Node) else a for a in self.batch_norm.args[1:]]
         scale, shift = batch_norm_scale(*args)
         if bias is not None:
             shift = shift + bias.reshape(-1) * scale
@@ -113,7 +114,7 @@ class Affine:
         if self.bias is not None:
             operands += [None] * (self.bias + 1 - len(operands))
             operands[self.bias] = bias if native else None
-        args, kwargs = fx.node.map_arg((tuple(operands), self.node.kwargs), values.__getitem__)
+        args, kwargs = map_arg((tuple(operands), self.node.kwargs), values.__getitem__)
         z = call(self.node, (self.node.args[0], list(args)) if name == "einsum" else args, kwargs)
         return z if native else self._add(z, bias)
 
