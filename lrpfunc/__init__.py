@@ -7,6 +7,8 @@ from lrpfunc._errors import NoPathError as NoPathError
 from lrpfunc._errors import RuleError as RuleError
 from lrpfunc._errors import TargetError as TargetError
 from lrpfunc._errors import UncoveredLayerError as UncoveredLayerError
+from lrpfunc._explain import Explanation as Explanation
+from lrpfunc._explain import Row as Row
 from lrpfunc._explain import explain as explain
 from lrpfunc._graph import BoundLayer as BoundLayer
 from lrpfunc._graph import Kind as Kind

@@ -45,6 +45,8 @@ _counter = itertools.count()
 _INSTALLED = tuple(
     {
         os.path.dirname(os.path.abspath(__file__)),
+        os.path.dirname(torch.__file__),
+        site.getusersitepackages(),
         *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
         *site.getsitepackages(),
     }
@@ -62,7 +64,7 @@ def _serial(obj: Any) -> Hashable:
 
 
 def _installed(filename: str) -> bool:
-    return filename.startswith(_INSTALLED) or filename.startswith("<frozen")
+    return filename.startswith((*_INSTALLED, "<frozen")) or "site-packages" in filename or "dist-packages" in filename
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

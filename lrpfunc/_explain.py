@@ -34,7 +34,8 @@ class Row:
         relevance_in: The sum of the relevance at its inputs.
         absolute: The sum of the absolute relevance at its output and inputs.
         absorbed: What did not reach the inputs, by cause, each from its own formula: `"bias"`, `"stabilizer"`,
-            `"conversion"`, `"constants"`, `"nonlinearity"`, `"rule"`.
+            `"conversion"` (relevance of a zero activation, which a multiplier cannot hold), `"constants"`,
+            `"nonlinearity"` and `"rule"`, what the rule gives to nobody.
     """
 
     layer: Layer

@@ -168,13 +168,12 @@ class BoundLayer:
 
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The derivative in a direction, one tensor an output."""
-        primals = tuple(x.contiguous() for x in self.inputs)  # an expanded tensor cannot carry a tangent
-        tangent = jvp(self.function(self.layer.inputs), primals, tuple(t.contiguous() for t in tangents))
+        tangent = jvp(self.function(self.layer.inputs), self.inputs, tuple(tangents))
         return (tangent,) if isinstance(tangent, Tensor) else tangent
 
-    @property
-    def outputs(self) -> tuple[Tensor, ...]:
-        return tuple(self.values[node] for node in self.layer.outputs if node is not None)
+    def at_zero(self) -> Tensor:
+        """The output for inputs of zero: the constants of an affine layer."""
+        return self.function(self.layer.inputs)(*map(torch.zeros_like, self.inputs))
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx.node import map_arg as map_arg
 
@@ -22,12 +23,14 @@ def inside_transform() -> bool:
     return functorch.peek_interpreter_stack() is not None
 
 
-def vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:
+def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     """`torch.func.vjp` without an auxiliary output."""
     output, pullback, *_ = torch.func.vjp(function, *primals)
     return output, pullback
 
 
 def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
-    """The directional derivative alone."""
-    return torch.func.jvp(function, primals, tangents)[1]
+    """The derivative in a direction, as the VJP of the VJP: more operations have that than forward derivatives."""
+    output, pullback = vjp(function, *primals)
+    cotangent = pytree.tree_map(torch.zeros_like, output)
+    return vjp(pullback, cotangent)[1](tangents)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lrpfunc._equality import Description
-from lrpfunc._graph import BoundLayer, Kind, Layer
-from lrpfunc._message import Message, Multiplier, Relevance, add, scale
+from lrpfunc._graph import BoundLayer, Layer
+from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer, add, as_stabilizer, divide, scale
 
 Form = Literal["relevance", "multiplier", "either"]
 ZeroParams = str | Iterable[str] | None
@@ -171,24 +171,37 @@ def negative(tensor: Tensor) -> Tensor:
     return tensor.clamp(max=0)
 
 
-def signed(tensor: Tensor | None, part: object) -> Tensor | None:
+def of_bias(part: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor | None:
     """`part` of a bias that may be missing."""
-    return None if tensor is None else part(tensor)  # type: ignore[operator]
+    return None if bias is None else part(bias)
 
 
-def shares(layer: BoundLayer, s: Tensor, bias: Tensor | None) -> Tensor:
-    """What of `s` times the output the bias takes."""
-    return s.new_zeros(()) if bias is None else (s * layer.shift(bias)).sum()
+@dataclass(frozen=True)
+class Quotient:
+    r""":math:`s = R / \operatorname{stab}(z)`, and what becomes of the relevance `R` it divides."""
 
+    relevance: Tensor
+    z: Tensor
+    denominator: Tensor
+    s: Tensor
 
-def stabilized(relevance: Tensor, z: Tensor, denominator: Tensor, s: Tensor) -> Tensor:
-    """What the stabilizer takes of `s = relevance / denominator`: all of it where the denominator is zero."""
-    return torch.where(denominator == 0, relevance, s * (denominator - z)).sum()
+    @classmethod
+    def of(cls, relevance: Tensor, z: Tensor, stabilizer: float | Tensor | Stabilizer) -> Quotient:
+        denominator = as_stabilizer(stabilizer)(z)
+        return cls(relevance, z, denominator, divide(relevance, denominator))
+
+    def absorbed(self, layer: BoundLayer, bias: Tensor | None) -> dict[str, Tensor]:
+        """What the bias and the stabilizer take, and what is lost because nothing contributes, `z = 0`."""
+        by_bias = self.s.new_zeros(()) if bias is None else (self.s * layer.shift(bias)).sum()
+        rest = torch.where(self.denominator == 0, self.relevance, self.s * (self.denominator - self.z))
+        empty = self.z == 0
+        return {
+            "bias": by_bias,
+            "stabilizer": torch.where(empty, 0, rest).sum(),
+            "rule": torch.where(empty, rest, 0).sum(),
+        }
 
 
 def batched_sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
     """`tensor` summed over the dimensions that broadcasting added to `shape`."""
     return tensor if tensor.shape == shape else tensor.sum_to_size(shape)
-
-
-POINTWISE = (Kind.ACTIVATION, Kind.BATCH_NORM, Kind.NON_LINEAR, Kind.NORMALIZATION)

@@ -10,19 +10,8 @@ from torch import Tensor
 
 from lrpfunc._errors import RuleError
 from lrpfunc._graph import BoundLayer, Layer
-from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer, as_stabilizer, divide
-from lrpfunc.rules._rule import (
-    Rule,
-    ZeroParams,
-    kept,
-    named,
-    needs_parameters,
-    negative,
-    positive,
-    shares,
-    signed,
-    stabilized,
-)
+from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer
+from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_parameters, negative, of_bias, positive
 
 
 @final
@@ -76,46 +65,40 @@ class AlphaBeta(Rule):
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         weight, _ = kept(layer, self.zero_params)
-        parts = positive(weight), negative(weight)
-        favoured = self._branch(layer, message, favour=True)[2]
-        with_x = self.alpha * layer.transpose(favoured, parts[0])
-        if self._one_sided:
-            opposed = None
-        else:
-            opposed = self._branch(layer, message, favour=False)[2]
-            with_x = with_x - self.beta * layer.transpose(opposed, parts[1])
+        up, down = positive(weight), negative(weight)
+        sa = self._quotient(layer, message, favour=True).s
+        sb = None if self._one_sided else self._quotient(layer, message, favour=False).s
+        with_x = self.alpha * layer.transpose(sa, up)
+        if sb is not None:
+            with_x = with_x - self.beta * layer.transpose(sb, down)
         if layer.layer.nonnegative:
             return (Multiplier(with_x),)
-        against = self.alpha * layer.transpose(favoured, parts[1])
-        if opposed is not None:
-            against = against - self.beta * layer.transpose(opposed, parts[0])
+        against = self.alpha * layer.transpose(sa, down)
+        if sb is not None:
+            against = against - self.beta * layer.transpose(sb, up)
         return (Relevance(positive(layer.input) * with_x + negative(layer.input) * against),)
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        _, bias = kept(layer, self.zero_params)
+        booked: dict[str, Tensor] = {"rule": (1 - self.alpha + self.beta) * message.value.sum()}
+        for factor, favour, part in ((self.alpha, True, positive), (-self.beta, False, negative)):
+            if favour or not self._one_sided:
+                taken = self._quotient(layer, message, favour).absorbed(layer, of_bias(part, bias))
+                booked = {cause: factor * amount + booked.get(cause, 0) for cause, amount in taken.items()}
+        return booked
 
     @property
     def _one_sided(self) -> bool:
         return not isinstance(self.beta, Tensor) and self.beta == 0
 
-    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
-        _, bias = kept(layer, self.zero_params)
-        total = message.value.sum()
-        booked = {"rule": (1 - self.alpha + self.beta) * total, "bias": 0 * total, "stabilizer": 0 * total}
-        for factor, favour in ((self.alpha, True), (-self.beta, False)):
-            if favour or not self._one_sided:
-                z, denominator, s = self._branch(layer, message, favour)
-                part = signed(bias, positive if favour else negative)
-                booked["bias"] = booked["bias"] + factor * shares(layer, s, part)
-                booked["stabilizer"] = booked["stabilizer"] + factor * stabilized(message.value, z, denominator, s)
-        return booked
-
-    def _branch(self, layer: BoundLayer, message: Message, favour: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The denominators and the quotient of the favoured, positive contributions or of the negative ones."""
+    def _quotient(self, layer: BoundLayer, message: Message, favour: bool) -> Quotient:
+        """Of the positive contributions, which are favoured, or of the negative ones."""
         weight, bias = kept(layer, self.zero_params)
         same, other = (positive, negative) if favour else (negative, positive)
-        z = layer.affine(positive(layer.input), same(weight), signed(bias, same))
+        z = layer.affine(positive(layer.input), same(weight), of_bias(same, bias))
         if not layer.layer.nonnegative:
             z = z + layer.affine(negative(layer.input), other(weight), None)
-        denominator = as_stabilizer(self.stabilizer)(z)
-        return z, denominator, divide(message.value, denominator)
+        return Quotient.of(message.value, z, self.stabilizer)
 
     def objection(self, layer: Layer) -> str | None:
         return needs_parameters(self, layer)

@@ -8,8 +8,8 @@ from typing import final
 from torch import Tensor
 
 from lrpfunc._graph import BoundLayer, Layer
-from lrpfunc._message import Message, Multiplier, Stabilizer, as_stabilizer, divide
-from lrpfunc.rules._rule import Rule, ZeroParams, kept, named, needs_linear, needs_parameters, shares, stabilized
+from lrpfunc._message import Message, Multiplier, Stabilizer
+from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_linear, needs_parameters
 
 
 @final
@@ -44,26 +44,21 @@ class Epsilon(Rule):
         named(self.zero_params)
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
-        _, _, s = self._quotient(layer, message)
+        s = self._quotient(layer, message).s
         if self.zero_params:
             weight, _ = kept(layer, self.zero_params)
             return (Multiplier(layer.transpose(s, weight)),)
         return tuple(Multiplier(m) for m in layer.vjp(s))
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
-        z, denominator, s = self._quotient(layer, message)
-        booked = {"stabilizer": stabilized(message.value, z, denominator, s)}
+        quotient = self._quotient(layer, message)
         if layer.layer.affine is not None:
-            booked["bias"] = shares(layer, s, kept(layer, self.zero_params)[1])
-        else:
-            at_zero = layer.function(layer.layer.inputs)(*(x * 0 for x in layer.inputs))
-            booked["constants"] = (s * at_zero).sum()
-        return booked
+            return quotient.absorbed(layer, kept(layer, self.zero_params)[1])
+        return {**quotient.absorbed(layer, None), "constants": (quotient.s * layer.at_zero()).sum()}
 
-    def _quotient(self, layer: BoundLayer, message: Message) -> tuple[Tensor, Tensor, Tensor]:
+    def _quotient(self, layer: BoundLayer, message: Message) -> Quotient:
         z = layer.affine(layer.input, *kept(layer, self.zero_params)) if self.zero_params else layer.output
-        denominator = as_stabilizer(self.epsilon)(z)
-        return z, denominator, divide(message.value, denominator)
+        return Quotient.of(message.value, z, self.epsilon)
 
     def objection(self, layer: Layer) -> str | None:
         return needs_parameters(self, layer) if self.zero_params else needs_linear(self, layer)

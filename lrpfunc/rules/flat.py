@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lrpfunc._graph import BoundLayer, Layer
-from lrpfunc._message import Message, Relevance, Stabilizer, as_stabilizer, divide
-from lrpfunc.rules._rule import Rule, ZeroParams, kept, named, needs_parameters, shares, stabilized
+from lrpfunc._message import Message, Relevance, Stabilizer
+from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_parameters, of_bias
 
 
 @final
@@ -44,19 +44,18 @@ class WSquare(Rule):
         named(self.zero_params)
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
-        return (Relevance(layer.transpose(self._quotient(layer, message)[2], self._parameters(layer)[0])),)
+        return (Relevance(layer.transpose(self._quotient(layer, message).s, self._parameters(layer)[0])),)
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
-        z, denominator, s = self._quotient(layer, message)
-        bias = shares(layer, s, self._parameters(layer)[1])
-        return {"bias": bias, "stabilizer": stabilized(message.value, z, denominator, s)}
+        return self._quotient(layer, message).absorbed(layer, self._parameters(layer)[1])
 
     def _parameters(self, layer: BoundLayer) -> tuple[Tensor, Tensor | None]:
         weight, bias = kept(layer, self.zero_params)
-        return weight.square(), None if bias is None else bias.square()
+        return weight.square(), of_bias(torch.square, bias)
 
-    def _quotient(self, layer: BoundLayer, message: Message) -> tuple[Tensor, Tensor, Tensor]:
-        return _ones_quotient(layer, message, self.stabilizer, *self._parameters(layer))
+    def _quotient(self, layer: BoundLayer, message: Message) -> Quotient:
+        z = layer.affine(torch.ones_like(layer.input), *self._parameters(layer))
+        return Quotient.of(message.value, z, self.stabilizer)
 
     def objection(self, layer: Layer) -> str | None:
         return needs_parameters(self, layer)
@@ -93,26 +92,18 @@ class Flat(Rule):
         named(self.zero_params)
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
-        return (Relevance(layer.transpose(self._quotient(layer, message)[2], self._weight(layer))),)
+        return (Relevance(layer.transpose(self._quotient(layer, message).s, self._weight(layer))),)
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
-        z, denominator, s = self._quotient(layer, message)
-        return {"stabilizer": stabilized(message.value, z, denominator, s)}
+        return self._quotient(layer, message).absorbed(layer, None)
 
     def _weight(self, layer: BoundLayer) -> Tensor:
         weight, _ = layer.parameters
         return torch.zeros_like(weight) if "weight" in named(self.zero_params) else torch.ones_like(weight)
 
-    def _quotient(self, layer: BoundLayer, message: Message) -> tuple[Tensor, Tensor, Tensor]:
-        return _ones_quotient(layer, message, self.stabilizer, self._weight(layer), None)
+    def _quotient(self, layer: BoundLayer, message: Message) -> Quotient:
+        z = layer.affine(torch.ones_like(layer.input), self._weight(layer), None)
+        return Quotient.of(message.value, z, self.stabilizer)
 
     def objection(self, layer: Layer) -> str | None:
         return needs_parameters(self, layer)
-
-
-def _ones_quotient(
-    layer: BoundLayer, message: Message, stabilizer: float | Tensor | Stabilizer, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    z = layer.affine(torch.ones_like(layer.input), weight, bias)
-    denominator = as_stabilizer(stabilizer)(z)
-    return z, denominator, divide(message.value, denominator)

@@ -9,18 +9,8 @@ import torch
 from torch import Tensor
 
 from lrpfunc._graph import BoundLayer, Layer
-from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer, as_stabilizer, divide
-from lrpfunc.rules._rule import (
-    Rule,
-    ZeroParams,
-    kept,
-    named,
-    needs_parameters,
-    negative,
-    positive,
-    shares,
-    stabilized,
-)
+from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer
+from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_parameters, negative, of_bias, positive
 
 
 @final
@@ -65,7 +55,7 @@ class Gamma(Rule):
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         weight, _ = kept(layer, self.zero_params)
         up, down = self._raised(weight), self._lowered(weight)
-        sp, sn = (self._branch(layer, message, sign)[2] for sign in (1, -1))
+        sp, sn = (self._quotient(layer, message, sign).s for sign in (1, -1))
         with_x = layer.transpose(sp, up) + layer.transpose(sn, down)
         if layer.layer.nonnegative:
             return (Multiplier(with_x),)
@@ -74,24 +64,20 @@ class Gamma(Rule):
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         _, bias = kept(layer, self.zero_params)
-        booked = {"rule": torch.where(layer.output == 0, message.value, 0).sum()}
-        for sign, modified in ((1, self._raised), (-1, self._lowered)):
-            z, denominator, s, part = self._branch(layer, message, sign)
-            taken = shares(layer, s, None if bias is None else modified(bias))
-            booked["bias"] = booked.get("bias", 0) + taken
-            booked["stabilizer"] = booked.get("stabilizer", 0) + stabilized(part, z, denominator, s)
+        above = self._quotient(layer, message, 1).absorbed(layer, of_bias(self._raised, bias))
+        below = self._quotient(layer, message, -1).absorbed(layer, of_bias(self._lowered, bias))
+        booked = {cause: above[cause] + below[cause] for cause in above}
+        booked["rule"] = booked["rule"] + torch.where(layer.output == 0, message.value, 0).sum()
         return booked
 
-    def _branch(self, layer: BoundLayer, message: Message, sign: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The denominators and the quotient where the output has the given sign, and the relevance there."""
+    def _quotient(self, layer: BoundLayer, message: Message, sign: int) -> Quotient:
+        """Of the relevance where the output has the given sign."""
         weight, bias = kept(layer, self.zero_params)
         same, other = (self._raised, self._lowered) if sign > 0 else (self._lowered, self._raised)
-        z = layer.affine(positive(layer.input), same(weight), None if bias is None else same(bias))
+        z = layer.affine(positive(layer.input), same(weight), of_bias(same, bias))
         if not layer.layer.nonnegative:
             z = z + layer.affine(negative(layer.input), other(weight), None)
-        denominator = as_stabilizer(self.stabilizer)(z)
-        part = torch.where(sign * layer.output > 0, message.value, 0)
-        return z, denominator, divide(part, denominator), part
+        return Quotient.of(torch.where(sign * layer.output > 0, message.value, 0), z, self.stabilizer)
 
     def _raised(self, parameter: Tensor) -> Tensor:
         return parameter + self.gamma * positive(parameter)

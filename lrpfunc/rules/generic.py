@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrpfunc._graph import BoundLayer, Kind
 from lrpfunc._message import Message, Multiplier, Relevance
+from lrpfunc.rules._plumbing import Linear
 from lrpfunc.rules._rule import Form, Rule, batched_sum_to
 
 
@@ -43,6 +44,8 @@ class Gradient(Rule):
         if isinstance(message, Relevance):
             (kept,) = layer.jvp([torch.ones_like(x) for x in layer.inputs])
             return {"rule": (message.value * (1 - kept)).sum()}
+        if layer.layer.linear:
+            return Linear().absorbed(layer, message)
         (linear,) = layer.jvp(layer.inputs)
         return {"nonlinearity": (message.value * (layer.output - linear)).sum()}
 

@@ -9,19 +9,8 @@ import torch
 from torch import Tensor
 
 from lrpfunc._graph import BoundLayer, Kind, Layer
-from lrpfunc._message import Message, Relevance, Stabilizer, as_stabilizer, divide
-from lrpfunc.rules._rule import (
-    Rule,
-    ZeroParams,
-    kept,
-    named,
-    needs_parameters,
-    negative,
-    positive,
-    shares,
-    signed,
-    stabilized,
-)
+from lrpfunc._message import Message, Relevance, Stabilizer
+from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_parameters, negative, of_bias, positive
 
 
 @final
@@ -66,7 +55,7 @@ class ZBox(Rule):
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         weight, _ = kept(layer, self.zero_params)
-        _, _, s = self._quotient(layer, message)
+        s = self._quotient(layer, message).s
         low, high = self._bounds(layer)
         relevance = layer.input * layer.transpose(s, weight)
         relevance = relevance - low * layer.transpose(s, positive(weight))
@@ -74,18 +63,16 @@ class ZBox(Rule):
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         _, bias = kept(layer, self.zero_params)
-        z, denominator, s = self._quotient(layer, message)
-        rest = None if bias is None else bias - positive(bias) - negative(bias)
-        return {"bias": shares(layer, s, rest), "stabilizer": stabilized(message.value, z, denominator, s)}
+        rest = of_bias(lambda b: b - positive(b) - negative(b), bias)
+        return self._quotient(layer, message).absorbed(layer, rest)
 
-    def _quotient(self, layer: BoundLayer, message: Message) -> tuple[Tensor, Tensor, Tensor]:
+    def _quotient(self, layer: BoundLayer, message: Message) -> Quotient:
         weight, bias = kept(layer, self.zero_params)
         low, high = self._bounds(layer)
         z = layer.affine(layer.input, weight, bias)
-        z = z - layer.affine(low, positive(weight), signed(bias, positive))
-        z = z - layer.affine(high, negative(weight), signed(bias, negative))
-        denominator = as_stabilizer(self.stabilizer)(z)
-        return z, denominator, divide(message.value, denominator)
+        z = z - layer.affine(low, positive(weight), of_bias(positive, bias))
+        z = z - layer.affine(high, negative(weight), of_bias(negative, bias))
+        return Quotient.of(message.value, z, self.stabilizer)
 
     def _bounds(self, layer: BoundLayer) -> tuple[Tensor, Tensor]:
         x = layer.input

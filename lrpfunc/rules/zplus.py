@@ -8,19 +8,9 @@ from typing import final
 from torch import Tensor
 
 from lrpfunc._graph import BoundLayer, Layer
-from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer, as_stabilizer, divide
-from lrpfunc.rules._rule import (
-    Rule,
-    ZeroParams,
-    kept,
-    named,
-    needs_parameters,
-    negative,
-    positive,
-    shares,
-    signed,
-    stabilized,
-)
+from lrpfunc._message import Message, Stabilizer
+from lrpfunc.rules._rule import Rule, ZeroParams, named, needs_parameters
+from lrpfunc.rules.alpha_beta import AlphaBeta
 
 
 @final
@@ -57,26 +47,13 @@ class ZPlus(Rule):
         named(self.zero_params)
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
-        _, _, s = self._quotient(layer, message)
-        weight, _ = kept(layer, self.zero_params)
-        favoured = layer.transpose(s, positive(weight))
-        if layer.layer.nonnegative:
-            return (Multiplier(favoured),)
-        x = layer.input
-        return (Relevance(positive(x) * favoured + negative(x) * layer.transpose(s, negative(weight))),)
+        return self._one_sided().propagate(layer, message)
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
-        z, denominator, s = self._quotient(layer, message)
-        bias = signed(kept(layer, self.zero_params)[1], positive)
-        return {"bias": shares(layer, s, bias), "stabilizer": stabilized(message.value, z, denominator, s)}
+        return self._one_sided().absorbed(layer, message)
 
-    def _quotient(self, layer: BoundLayer, message: Message) -> tuple[Tensor, Tensor, Tensor]:
-        weight, bias = kept(layer, self.zero_params)
-        z = layer.affine(positive(layer.input), positive(weight), signed(bias, positive))
-        if not layer.layer.nonnegative:
-            z = z + layer.affine(negative(layer.input), negative(weight), None)
-        denominator = as_stabilizer(self.stabilizer)(z)
-        return z, denominator, divide(message.value, denominator)
+    def _one_sided(self) -> AlphaBeta:
+        return AlphaBeta(1.0, 0.0, self.stabilizer, self.zero_params)
 
     def objection(self, layer: Layer) -> str | None:
         return needs_parameters(self, layer)

@@ -1,0 +1,1 @@
+"""Tests on architectures that people use, and against Zennit."""
