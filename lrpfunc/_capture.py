@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lrpfunc._environment import Environment, describe_tensor
 from lrpfunc._errors import CaptureError
@@ -80,6 +81,7 @@ def isolated(fn: Callable[[], T]) -> T:
             with contextlib.ExitStack() as stack:
                 # A function that contains a torch.compile'd one would wait for a lock its caller holds.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))
                 stack.enter_context(device)
                 for kind, dtype in autocast:
                     stack.enter_context(torch.autocast(kind, dtype=dtype))
@@ -101,6 +103,9 @@ def isolated(fn: Callable[[], T]) -> T:
 # Tracing
 
 
+_DATA: Any = torch.Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class _Watch(TorchFunctionMode):
     """Sees what a trace cannot show, and keeps it away from real tensors.
 
@@ -108,7 +113,10 @@ class _Watch(TorchFunctionMode):
     that an operation on such tensors alone would really run, and change them if it works in place.
     """
 
-    _READS = ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__complex__")
+    _READS = (
+        *("item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__", "__index__", "__complex__"),
+        *("__repr__", "__str__", "__format__", "__contains__"),
+    )
 
     def __init__(self, inputs: dict[int, Tensor]) -> None:
         super().__init__()
@@ -120,7 +128,10 @@ class _Watch(TorchFunctionMode):
         self.transforms |= inside_transform()
         if getattr(func, "__name__", "") in self._READS and not isinstance(args[0], FakeTensor):
             self.reads = True  # a number became part of the program: it must not be used again
-            return func(*args, **(kwargs or {}))
+            with _disable_current_modes():
+                return func(*args, **(kwargs or {}))
+        if func == _DATA:  # a trace does not see `.data`
+            return self._replaced(args[0]).detach()
         return func(*self._replaced(args), **self._replaced(kwargs or {}))
 
     def _replaced(self, value: Any) -> Any:
@@ -137,7 +148,7 @@ def _fake(tensor_keys: Sequence[Any], mode: FakeTensorMode) -> list[Tensor]:
     with mode:
         return [
             torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            for shape, strides, dtype, device, _ in tensor_keys
+            for shape, strides, dtype, device in tensor_keys
         ]
 
 
@@ -145,8 +156,13 @@ def _applied(frame: types.FrameType, event: str, arg: Any) -> Any:
     """The class whose `apply` is being called, a C method in recent releases of torch and a Python one before."""
     if event == "c_call" and arg.__name__ == "apply":
         return getattr(arg, "__self__", None)
-    if event == "call" and frame.f_code.co_qualname == "Function.apply":
+    code = frame.f_code
+    if event == "call" and code.co_qualname == "Function.apply":
         return frame.f_locals.get("cls")
+    if event == "call" and code.co_name in ("forward", "setup_context") and code.co_argcount:
+        # `apply` called from C, by `map` for example, shows only in what it calls.
+        context = frame.f_locals.get(code.co_varnames[0])
+        return getattr(context, "_forward_cls", None)
     return None
 
 
@@ -159,12 +175,10 @@ def _refusing_custom_functions() -> Iterator[None]:
 
     def profile(frame: types.FrameType, event: str, arg: Any) -> None:
         cls = _applied(frame, event, arg)
-        # torch's own, such as the one of torch.utils.checkpoint, have nothing to lose.
-        if (
-            isinstance(cls, type)
-            and issubclass(cls, torch.autograd.Function)
-            and not cls.__module__.startswith("torch.")
-        ):
+        if not (isinstance(cls, type) and issubclass(cls, torch.autograd.Function)):
+            return
+        # torch's own have nothing to lose, but the reentrant checkpoint, which runs without gradients.
+        if not cls.__module__.startswith("torch.") or cls.__qualname__ == "CheckpointFunction":
             found.append(cls.__qualname__)
 
     found: list[str] = []
@@ -174,6 +188,11 @@ def _refusing_custom_functions() -> Iterator[None]:
         yield
     finally:
         sys.setprofile(previous)
+    if "CheckpointFunction" in found:
+        raise CaptureError(
+            "the model function uses torch.utils.checkpoint in its reentrant form, which runs without gradients, so "
+            "that no relevance could pass: write checkpoint(..., use_reentrant=False)"
+        )
     if found:
         raise CaptureError(
             f"the model function uses the custom autograd.Function {found[0]}, whose backward a trace cannot keep: "
@@ -214,7 +233,7 @@ def _trace(
 
     def trace(before_dispatch: bool) -> tuple[fx.GraphModule, Recorder, _Watch]:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-        scalar = ((), (), torch.float32, torch.device("cpu"), None)
+        scalar = ((), (), torch.float32, torch.device("cpu"))
         inputs = _fake([scalar, *map(describe_tensor, closed), *keys], mode)
         watches: list[_Watch] = []
         recorders: list[Recorder] = []
@@ -257,6 +276,11 @@ def _capture(
 ) -> Trace:
     keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+    if torch.compiler.is_exporting():
+        raise CaptureError(
+            "torch.export of a relevance function is not supported yet: its walk runs operation by operation. Call it "
+            "directly, or export what it returns"
+        )
     try:
         module, recorder, found, watch, after = isolated(
             lambda: _trace(model_fn, static, spec, has_aux, inline, keys, env.tensors)
@@ -265,10 +289,17 @@ def _capture(
         if type(error).__name__ in _VALUE_DEPENDENT:
             raise _explain_failure(error) from error
         raise
+    finally:
+        env.forget(lambda value: isinstance(value, FakeTensor))
     constants = [node for node in module.graph.nodes if node.op == "get_attr"]
     # A constant that the function made is copied at once; any other one may be a tensor that was missed.
     made = all(user.target is torch.ops.aten.lift_fresh_copy.default for node in constants for user in node.users)
     values = {node.target: getattr(module, node.target) for node in constants}
+    if any(isinstance(value, FakeTensor) for value in values.values()):
+        raise CaptureError(
+            "the model function makes a tensor in a way a trace cannot follow, such as torch.autograd.grad, `.data` "
+            "or `set_`. Write torch.func.grad, or detach()"
+        )
     stable = made and not watch.reads
     return Trace(module, found["outputs"], found["aux"], recorder, len(env.tensors), values, stable, after)
 
@@ -301,6 +332,8 @@ class Cache(Generic[T]):
 def _surroundings() -> Iterator[Hashable]:
     yield torch.get_default_dtype()
     yield torch.get_default_device()
+    hooks = torch.nn.modules.module
+    yield (*hooks._global_forward_hooks, *hooks._global_forward_pre_hooks)
     for device in ("cpu", "cuda"):
         yield torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
 

@@ -6,22 +6,26 @@ each call. `Environment` walks it and gives a hashable key of the values and the
 
 from __future__ import annotations
 
+import collections
+import contextvars
+import dis
 import enum
 import functools
-import inspect
+import hashlib
 import itertools
 import os
 import site
+import sys
 import sysconfig
 import types
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lrpfunc._errors import CaptureError
+from lrpfunc._errors import CaptureError, InputError
 from lrpfunc._torch import is_wrapped
 
 _ATOMS = (
@@ -67,11 +71,20 @@ def _installed(filename: str) -> bool:
     return filename.startswith((*_INSTALLED, "<frozen")) or "site-packages" in filename or "dist-packages" in filename
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
+@functools.lru_cache(4096)
+def _names(code: types.CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The globals that code reads, in order, and the names of all attributes it reads."""
+    names: dict[str, None] = {}
+    attributes = set(code.co_names)
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            names[instruction.argval] = None
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
-            yield from _names(const)
+            inner, inner_attributes = _names(const)
+            names |= dict.fromkeys(inner)
+            attributes |= inner_attributes
+    return tuple(names), frozenset(attributes)
 
 
 class Environment:
@@ -86,7 +99,18 @@ class Environment:
         self.tensors: list[Tensor] = []
         self._seen: dict[int, int] = {}
         self._keep: list[Any] = []  # what must outlive the walk, so that no id is reused during it
+        self._memories: list[tuple[Callable[[], Any], Callable[[], None]]] = []
         self.key: Hashable = tuple(self._visit(root, "model_fn") for root in roots)
+
+    def forget(self, is_foreign: Callable[[Any], bool]) -> None:
+        """Undoes what a trace left in memory: containers, variables and caches that hold its own tensors.
+
+        A function may remember what it computed, for example a grid or the activations a hook collects. What it
+        computed while it was traced is of no use outside the trace.
+        """
+        for read, restore in self._memories:
+            if _holds(read(), is_foreign):
+                restore()
 
     def _visit(self, obj: Any, name: str) -> Hashable:
         if isinstance(obj, _ATOMS):
@@ -107,22 +131,38 @@ class Environment:
                 return ("method", self._visit(obj.__func__, name), self._visit(obj.__self__, f"{name}.__self__"))
             case functools.partial():
                 return ("partial", *(self._visit(part, name) for part in (obj.func, obj.args, obj.keywords)))
-            case list() | tuple() | set() | frozenset() if len(obj) > _LONG:
-                return (type(obj), _serial(obj), len(obj))
-            case list() | tuple():
-                return (type(obj), *(self._visit(item, f"{name}[{i}]") for i, item in enumerate(obj)))
-            case set() | frozenset():
-                return (type(obj), frozenset(self._visit(item, name) for item in obj))
-            case dict():
-                items = obj.items() if len(obj) <= _LONG else ()
-                return (type(obj), len(obj), *((self._visit(k, name), self._visit(v, f"{name}.{k}")) for k, v in items))
-            case _ if type(obj).__module__ == "numpy" and hasattr(obj, "tobytes"):
-                return ("array", obj.shape, str(obj.dtype), obj.tobytes())
+            case functools._lru_cache_wrapper():
+                self._memories.append((lambda: [_CACHED] if obj.cache_info().currsize else [], obj.cache_clear))
+                return ("cached", self._visit(obj.__wrapped__, name))
+            case contextvars.ContextVar():
+                return ("context", _serial(obj), self._visit(obj.get(None), name))
             case type():
-                return ("class", _serial(obj), *self._methods(obj))
+                return ("class", _serial(obj), *self._members(obj))
             case types.ModuleType():
                 return ("module", obj.__name__)
+            case list() | tuple() | set() | frozenset() | dict() | collections.deque():
+                return self._container(obj, name)
+            case bytearray() | memoryview():
+                return (type(obj), bytes(obj))
+        if type(obj).__module__ in ("numpy", "array") and hasattr(obj, "tobytes"):
+            digest = hashlib.blake2b(obj.tobytes()).digest()
+            return ("array", getattr(obj, "shape", len(obj)), str(getattr(obj, "dtype", "")), digest)
         return self._instance(obj, name)
+
+    def _container(self, obj: Any, name: str) -> Hashable:
+        if isinstance(obj, dict):
+            before = dict(obj)
+            self._memories.append((lambda: obj, lambda: (obj.clear(), obj.update(before))[0]))
+            items = list(obj.items())
+            return (type(obj), *((self._visit(k, name), self._visit(v, f"{name}.{k}")) for k, v in items))
+        if isinstance(obj, (set, frozenset)):
+            return (type(obj), frozenset(self._visit(item, name) for item in obj))
+        if isinstance(obj, (list, collections.deque)):
+            contents = list(obj)
+            self._memories.append((lambda: obj, lambda: (obj.clear(), obj.extend(contents))[0]))
+        if len(obj) > _LONG and all(type(item) in (int, float) for item in obj):
+            return (type(obj), hashlib.blake2b(repr(obj).encode()).digest())
+        return (type(obj), *(self._visit(item, f"{name}[{i}]") for i, item in enumerate(list(obj))))
 
     def _tensor(self, tensor: Tensor, name: str) -> Hashable:
         if is_wrapped(tensor):
@@ -132,6 +172,8 @@ class Environment:
                 "as an argument instead, for example\n\n    relevance_fn({**params, "
                 f"{name.rpartition('.')[2]!r}: {name.rpartition('.')[2]}}}, x)"
             )
+        if tensor.layout is not torch.strided:  # a trace keeps it as it is
+            return ("sparse", _serial(tensor))
         self.tensors.append(tensor)
         return ("tensor", *describe_tensor(tensor))
 
@@ -139,44 +181,95 @@ class Environment:
         cells = []
         for variable, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
             try:
-                cells.append(self._visit(cell.cell_contents, variable))
+                contents = cell.cell_contents
             except ValueError:  # not assigned yet
                 cells.append(None)
+                continue
+            self._memories.append((lambda c=cell: [c.cell_contents], functools.partial(_set_cell, cell, contents)))
+            cells.append(self._visit(contents, variable))
         read = () if _installed(fn.__code__.co_filename) else self._globals(fn)
         defaults = self._visit(fn.__defaults__, fn.__name__), self._visit(fn.__kwdefaults__, fn.__name__)
         return ("function", fn.__code__, *cells, *read, *defaults, self._visit(vars(fn), fn.__name__))
 
     def _globals(self, fn: types.FunctionType) -> Iterator[Hashable]:
-        names = dict.fromkeys(_names(fn.__code__))
+        names, attributes = _names(fn.__code__)
         for name in names:
             if name not in fn.__globals__:
                 continue
-            value = fn.__globals__[name]
+            space, value = fn.__globals__, fn.__globals__[name]
+            restore = functools.partial(space.__setitem__, name, value)
+            self._memories.append((lambda s=space, n=name: [s.get(n)], restore))
             yield name, self._visit(value, name)
-            if isinstance(value, types.ModuleType) and not _installed(getattr(value, "__file__", None) or "<frozen"):
-                yield from ((n, self._visit(vars(value)[n], f"{name}.{n}")) for n in names if n in vars(value))
+            if isinstance(value, types.ModuleType):
+                yield from self._module(value, attributes, name)
+        if attributes & {"environ", "getenv"}:
+            yield tuple(sorted(os.environ.items()))
 
-    def _methods(self, cls: type) -> Iterator[Hashable]:
+    def _module(self, module: types.ModuleType, attributes: frozenset[str], name: str) -> Iterator[Hashable]:
+        """What code reads of a module of the user's own, and of the modules inside it."""
+        if _installed(getattr(module, "__file__", None) or "<frozen"):
+            return
+        for attribute in sorted(attributes & vars(module).keys()):
+            value = vars(module)[attribute]
+            yield attribute, self._visit(value, f"{name}.{attribute}")
+            if isinstance(value, types.ModuleType):
+                yield from self._module(value, attributes, f"{name}.{attribute}")
+
+    def _members(self, cls: type) -> Iterator[Hashable]:
+        """What instances inherit: everything of the user's classes, and what the user put into installed ones."""
         for base in cls.__mro__:
-            for name, member in vars(base).items():
-                function = inspect.unwrap(getattr(member, "__func__", getattr(member, "fget", member)) or member)
-                if isinstance(function, types.FunctionType) and not _installed(function.__code__.co_filename):
-                    yield name, self._visit(function, name)
+            home = getattr(sys.modules.get(base.__module__), "__file__", None)
+            own = base.__module__ == "__main__" or (home is not None and not _installed(home))
+            for name, member in list(vars(base).items()):
+                if own and not (name.startswith(("__", "_abc_")) and not callable(member)):
+                    yield name, self._visit(_plain(member), f"{base.__name__}.{name}")
+                elif type(member) is types.FunctionType and not _installed(member.__code__.co_filename):
+                    yield name, self._visit(member, name)
 
     def _instance(self, obj: Any, name: str) -> Hashable:
         attributes = dict(getattr(obj, "__dict__", {}))
+        own = getattr(obj, "__dict__", None)
+        if isinstance(own, dict):
+            self._memories.append((lambda: own, lambda: (own.clear(), own.update(attributes))[0]))
         for slot in (s for base in type(obj).__mro__ for s in vars(base).get("__slots__", ())):
             if isinstance(slot, str) and hasattr(obj, slot):
                 attributes[slot] = getattr(obj, slot)
         parts = [self._visit(type(obj), name)]
         # A module's own dictionaries of children and parameters are not part of the path its tensors are named by.
         hidden = ("_parameters", "_buffers", "_modules")
-        for key, value in attributes.items():
+        for key, value in list(attributes.items()):
             parts.append((key, self._visit(value, name if key in hidden else f"{name}.{key}")))
         return ("instance", _serial(obj), *parts)
 
 
+_CACHED = object()
+
+
+def _plain(member: Any) -> Any:
+    """The function behind a static method, a class method or a property."""
+    if isinstance(member, property):
+        return member.fget
+    return getattr(member, "__func__", member)
+
+
+def _set_cell(cell: types.CellType, contents: Any) -> None:
+    cell.cell_contents = contents
+
+
+def _holds(value: Any, is_foreign: Callable[[Any], bool], depth: int = 3) -> bool:
+    if value is _CACHED or is_foreign(value):
+        return True
+    if depth and isinstance(value, (list, tuple, set, collections.deque)) and len(value) <= _LONG:
+        return any(_holds(item, is_foreign, depth - 1) for item in list(value))
+    if depth and isinstance(value, dict) and len(value) <= _LONG:
+        return any(_holds(item, is_foreign, depth - 1) for item in list(value.values()))
+    return False
+
+
 def describe_tensor(tensor: Tensor) -> tuple[Hashable, ...]:
     """What of a tensor a trace can depend on: everything but its numbers."""
-    strides = tensor.stride() if tensor.layout is torch.strided else None
-    return (tuple(int(n) for n in tensor.shape), strides, tensor.dtype, tensor.device, tensor.layout)
+    if tensor.layout is not torch.strided:
+        raise InputError(
+            f"an argument has a tensor of layout {tensor.layout}, which cannot be traced: pass tensor.to_dense()"
+        )
+    return (tuple(int(n) for n in tensor.shape), tensor.stride(), tensor.dtype, tensor.device)

@@ -197,7 +197,7 @@ class Graph:
 
 def _is_float(node: fx.Node) -> bool:
     leaves = pytree.tree_leaves(node.meta.get("val"))
-    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+    return any(isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves)
 
 
 def _reached(program: Program, seeds: Iterable[fx.Node]) -> set[fx.Node]:
@@ -331,12 +331,18 @@ def _kind(node: fx.Node, found: Affine | None, inputs: tuple[fx.Node, ...]) -> t
     """The kind of a layer, and whether it is linear."""
     if found is not None:
         return (Kind.CONVOLUTION if found.convolution else Kind.DENSE), True
+    if any(_is_complex(n) for n in (node, *inputs)):
+        return Kind.NON_LINEAR, False  # relevance of a complex number is not defined
     name = ops.operation_name(node)
     places = sum(pytree.tree_leaves((node.args, node.kwargs)).count(n) for n in inputs)
     if name == "batch_norm_eval":
         return Kind.BATCH_NORM, node.args[0] in inputs and len(inputs) == 1
     if name == "batch_norm_train":
         return Kind.BATCH_NORM, False
+    if name in ("index_put", "_unsafe_index_put") and len(node.args) > 3 and node.args[3]:
+        return Kind.LINEAR, True
+    if name == "scatter" and "reduce" in node.kwargs:
+        return Kind.NON_LINEAR, False
     if name in ops.SELECT:
         return Kind.SELECT, True
     if name in ("max", "min", "median") and not isinstance(node.meta["val"], Tensor):
@@ -354,13 +360,25 @@ def _kind(node: fx.Node, found: Affine | None, inputs: tuple[fx.Node, ...]) -> t
         varying = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a in inputs]
         limits = {"lerp": {0, 1}, "grid_sampler": {0}, "grid_sampler_2d": {0}, "grid_sampler_3d": {0}}
         return (Kind.LINEAR, True) if set(varying) <= limits.get(name, set(varying)) else (Kind.NON_LINEAR, False)
-    if name in ops.ACTIVATION and list(inputs) == [node.args[0]]:
+    if name in ops.ACTIVATION and inputs == node.args[:1]:
         return Kind.ACTIVATION, False
     if name in ops.NORMALIZATION:
         return Kind.NORMALIZATION, False
-    if name in ("matmul", "bmm", "mm", "einsum", "addmm", "baddbmm", "linear", "dot", "mv", "outer", "inner"):
-        return Kind.PRODUCT, False
+    if name in ops.MULTILINEAR:
+        return (Kind.LINEAR, True) if places == 1 or not _multiplied(node, inputs) else (Kind.PRODUCT, False)
     return Kind.NON_LINEAR, False
+
+
+def _multiplied(node: fx.Node, inputs: tuple[fx.Node, ...]) -> bool:
+    """Whether two operands that depend on the explained input are multiplied, rather than one added to the other."""
+    name = ops.operation_name(node)
+    added = {"linear": 2, "addmm": 0, "baddbmm": 0, "addmv": 0, "addcmul": 0}.get(name, 2 if "conv" in name else None)
+    factors = pytree.tree_leaves([a for i, a in enumerate(node.args) if i != added])
+    return sum(factors.count(n) for n in inputs) > 1
+
+
+def _is_complex(node: fx.Node) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in pytree.tree_leaves(node.meta.get("val")))
 
 
 def _against_itself(node: fx.Node, inputs: tuple[fx.Node, ...]) -> bool:

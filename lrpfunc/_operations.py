@@ -46,6 +46,11 @@ def copied(target: Tensor, source: Tensor) -> Tensor:
     return source.to(dtype=target.dtype, device=target.device).expand(target.shape)
 
 
+def assigned(target: Tensor, value: Tensor) -> Tensor:
+    """`target` after it was set to `value` without gradients: the value, bit for bit, with the target's history."""
+    return (target - target.detach()) + value.detach()
+
+
 def filled(target: Tensor, value: Tensor | float) -> Tensor:
     """`target.fill_(value)` as a function."""
     return copied(target, torch.as_tensor(value, device=target.device))
@@ -66,7 +71,9 @@ def batch_statistics(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The running statistics as a batch norm in training mode leaves them."""
     dims = [0, *range(2, x.ndim)]
-    var, mean = torch.var_mean(x.detach(), dims)
+    like = running_mean if running_mean is not None else running_var
+    x = x.detach() if like is None else x.detach().to(like.dtype)
+    var, mean = torch.var_mean(x, dims)
     return (
         None if running_mean is None else (running_mean * (1 - momentum) + mean * momentum).to(running_mean.dtype),
         None if running_var is None else (running_var * (1 - momentum) + var * momentum).to(running_var.dtype),
@@ -154,6 +161,23 @@ def call(node: fx.Node, args: Any, kwargs: Any, *, walking: bool = False) -> Any
     return target(*args, **kwargs)
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether calling the node again gives another result."""
+    name = operation_name(node)
+    if name == "scaled_dot_product_attention":
+        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return bool(dropout)
+    if name in ("alpha_dropout", "feature_alpha_dropout"):
+        return bool(node.args[1] and node.args[2])
+    if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        dropout, training = node.args[5:7]
+        return bool(dropout) and bool(training)
+    if name == "rrelu":
+        return True in node.args[3:4]
+    tags = getattr(node.target, "tags", ())
+    return name == "dropout_mask" or (torch.Tag.nondeterministic_seeded in tags and name != "dropout")
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Families of operations
 
@@ -215,6 +239,12 @@ ZERO_AT_ZERO = _names(
 HOMOGENEOUS = _names("relu leaky_relu prelu _prelu_kernel")
 """Activations with `f(x) = f'(x) x`, so that passing relevance on is the plain VJP of the multiplier."""
 
+MULTILINEAR = _names(
+    """linear addmm baddbmm addmv mm bmm mv dot inner outer matmul tensordot kron vdot einsum bilinear _trilinear
+    addcmul conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"""
+)
+"""Linear in each operand, so that they are products where several depend on the explained input."""
+
 NORMALIZATION = _names(
     """layer_norm native_layer_norm group_norm native_group_norm instance_norm rms_norm _fused_rms_norm
     local_response_norm batch_norm_train batch_norm native_batch_norm _native_batch_norm_legit"""
@@ -227,10 +257,6 @@ UNDIFFERENTIABLE = _names(
     lift_fresh"""
 )
 """Operations no relevance passes through: their derivative is zero everywhere."""
-
-RANDOM = _names(
-    "dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout rrelu_with_noise bernoulli multinomial"
-)
 
 POSITIVE = _names("relu relu6 sigmoid softmax _softmax exp square abs softplus hardsigmoid sqrt rsqrt")
 """Their result is never negative."""

@@ -40,7 +40,7 @@ class Recorder:
     def watch(self, module: nn.Module) -> None:
         """Marks the calls of all submodules; `module` must be the recorder's own copy."""
         for path, child in module.named_modules():
-            if path:
+            if path and not isinstance(child, torch.jit.ScriptModule):
                 child.register_forward_pre_hook(self._enter(path), prepend=True)
                 child.register_forward_hook(self._exit)
 

@@ -11,9 +11,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from lrpfunc._capture import Cache, Trace, capture
-from lrpfunc._errors import InputError, LayerNotFoundError, NoPathError
+from lrpfunc._errors import CaptureError, InputError, LayerNotFoundError, NoPathError
 from lrpfunc._graph import Graph, Layer, build_graph
 from lrpfunc._message import Message, Multiplier, add
+from lrpfunc._operations import is_random
 from lrpfunc._propagate import Observer, assign, propagate
 from lrpfunc._simplify import Program, functional
 from lrpfunc.composites import Composite
@@ -233,6 +234,11 @@ def _build_graph(program: Program, explained: _Explained, globs: tuple[str, ...]
     if explained.integers:
         data += _named_nodes(program, globs, [program.inputs[place] for place in explained.integers])
     graph = build_graph(program, data, taps, sources)
+    if random := [layer for layer in graph.layers if any(map(is_random, layer.nodes))]:
+        raise CaptureError(
+            f"the layer\n\n    {random[0]}\n\ndraws random numbers inside, so that relevance would belong to another "
+            "draw than the output. Call module.eval(), or write its dropout with torch.nn.functional.dropout"
+        )
     reached = {node for layer in graph.layers for node in layer.inputs} | set(program.outputs)
     if not any(node in reached for node in (*data, *taps)):
         raise NoPathError(

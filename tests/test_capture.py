@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import collections
+import contextvars
 import functools
+import os
 import threading
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import lrpfunc as lrp
+from lrpfunc._environment import Environment
 from tests.cases import MODELS, Residual, normal, randomized
 from tests.oracles import largest_difference, plain_vjp
 
@@ -234,6 +239,13 @@ def test_functional_call_by_hand() -> None:
     assert torch.equal(fn(floating, x, target=0), lrp.attribute(model_fn, lrp.epsilon_plus())(params, x, target=0))
 
 
+def without_gradients(y: Tensor) -> Tensor:
+    with torch.no_grad():
+        y.mul_(2)
+        y[0].add_(1)
+    return y * 3
+
+
 IN_PLACE: dict[str, Any] = {
     "activation": lambda x: F.relu(x * 1.0, inplace=True),
     "residual": lambda x: (x * 2.0).add_(x),
@@ -247,6 +259,14 @@ IN_PLACE: dict[str, Any] = {
     "squeezed": lambda x: (x * 1.0).unsqueeze_(0).squeeze_(0) * 1.0,
     "copied": lambda x: torch.zeros_like(x).copy_(x) * 3.0,
     "into_zeros": lambda x: (lambda y: (y[:, 1:3].copy_(x[:, :2]), y)[1])(torch.zeros_like(x)),
+    "detached": lambda x: (lambda y: (y.detach()[0].zero_(), y)[1] * 1.0)(x * 1.0),
+    "detached_view": lambda x: (lambda y, z: (z.mul_(2), y * x)[1])(*(lambda y: (y, y.detach()))(x * 1.0)),
+    "view_of_reshaped": lambda x: (lambda y: (lambda z: (y.unsqueeze_(0), z.zero_(), y + 0)[2])(y[0]))(x * 1.0),
+    "reshaped_view": lambda x: (lambda y: (lambda z: (z.squeeze_(0).mul_(2), y)[1])(y.view(1, 2, 4)))(x * 1.0),
+    "transposed": lambda x: (lambda y: (lambda z: (y.t_(), z.mul_(3), y)[2] * 1.0)(y.view(-1)))(x * 1.0),
+    "transposed_pair": lambda x: (x * 1.0).transpose_(0, 1).mul_(2) * 1.0,
+    "without_gradients": lambda x: without_gradients(x * 1.0),
+    "data": lambda x: (x * 1.0).data * x,
     "no_dropout": lambda x: (lambda y: (F.dropout(y, 0.5, False).relu_(), y)[1] * 1.0)(x * 1.0),
 }
 
@@ -254,7 +274,8 @@ IN_PLACE: dict[str, Any] = {
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place_operations(name: str) -> None:
     f, x = IN_PLACE[name], normal(2, 4)
-    rules = [(lrp.Activation, lrp.Pass())]
+    product, written = lrp.operation("mul"), lrp.operation("assigned")
+    rules = [(lrp.Activation, lrp.Pass()), (product, lrp.Uniform()), (written, lrp.Gradient())]
     cotangent = normal(*f(x).shape, seed=1)
     output, pullback = lrp.vjp(f, lrp.gradient(), x, argnums=0)
     expected, plain = plain_vjp(f, x)
@@ -301,3 +322,176 @@ def test_a_call_leaves_no_thread_and_no_mode() -> None:
     assert threading.active_count() == threads
     assert torch.is_grad_enabled()
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+class TestNothingIsLeftBehind:
+    """What a function remembers while it is traced is of no use to it afterwards."""
+
+    def check(self, f: Any, x: Tensor) -> None:
+        for _ in range(2):
+            _, value = lrp.attribute_and_value(f, lrp.gradient(), argnums=0)(x)
+            assert torch.equal(value, f(x))
+            assert type(f(x)) is Tensor
+
+    def test_caches(self) -> None:
+        memo: dict[int, Tensor] = {}
+        collected: list[Tensor] = []
+
+        @functools.lru_cache
+        def grid(n: int) -> Tensor:
+            return torch.arange(n, dtype=torch.float64) + 1
+
+        def remembered(n: int) -> Tensor:
+            if n not in memo:
+                memo[n] = torch.arange(n, dtype=torch.float64) + 2
+            return memo[n]
+
+        class Lazy:
+            grid = None
+
+            def __call__(self, x: Tensor) -> Tensor:
+                if self.grid is None:
+                    self.grid = torch.arange(x.shape[-1], dtype=torch.float64) + 3
+                collected.append(x * 2)
+                return x * self.grid
+
+        lazy = Lazy()
+        x = normal(2, 4)
+        self.check(lambda x: x * grid(4), x)
+        self.check(lambda x: x * remembered(4), x)
+        self.check(lazy, x)
+        assert all(type(t) is Tensor for t in (*collected, memo[4], lazy.grid))
+
+    def test_hooks_that_collect(self) -> None:
+        collected: dict[str, Tensor] = {}
+        module = randomized(Residual())
+        module.conv1.register_forward_hook(lambda m, args, out: collected.__setitem__("conv1", out.detach()))
+        model_fn, params = lrp.from_module(module)
+        fn = lrp.attribute(model_fn)
+        fn(params, normal(2, 2, 6, 6), target=0)
+        assert not collected
+        module(normal(2, 2, 6, 6))
+        assert type(collected["conv1"]) is Tensor
+
+
+class Config:
+    scale = 2.0
+    table: ClassVar[dict[str, float]] = {"scale": 3.0}
+
+
+class Rebindable:
+    activation = staticmethod(torch.relu)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.activation(x) * Config.scale * Config.table["scale"]
+
+
+def test_attributes_of_classes_are_read_at_each_call() -> None:
+    x, fn = normal(2, 3), Rebindable()
+    values = []
+    for _ in range(4):
+        value = lrp.attribute_and_value(fn, lrp.gradient(), argnums=0)(x)[1]
+        assert torch.equal(value, fn(x))
+        values.append(value)
+        [
+            lambda: setattr(Config, "scale", 5.0),
+            lambda: Config.table.__setitem__("scale", 7.0),
+            lambda: setattr(Rebindable, "activation", staticmethod(torch.tanh)),
+            lambda: None,
+        ][len(values) - 1]()
+    assert len({float(v.sum()) for v in values}) == 4
+
+
+def test_other_state_a_function_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, array, variable = collections.deque([1.0]), bytearray([1]), contextvars.ContextVar("scale", default=1.0)
+    long = [1.0] * 20_000
+
+    def f(x: Tensor) -> Tensor:
+        return x * queue[0] * array[0] * variable.get() * long[7] * float(os.environ.get("LRPFUNC_TEST", "1"))
+
+    x = torch.ones(1, 1)
+    fn = lrp.attribute(f, lrp.gradient(), argnums=0)
+    assert fn(x).item() == 1
+    queue[0] = 2.0
+    assert fn(x).item() == 2
+    array[0] = 3
+    assert fn(x).item() == 6
+    variable.set(5.0)
+    assert fn(x).item() == 30
+    long[7] = 7.0
+    assert fn(x).item() == 210
+    monkeypatch.setenv("LRPFUNC_TEST", "11")
+    assert fn(x).item() == 2310
+
+
+gain = torch.tensor(3.0)
+
+
+def test_attributes_are_not_taken_for_globals() -> None:
+    class Model:
+        gain = 2.0
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x * self.gain
+
+    environment = Environment(Model())
+    assert not environment.tensors
+    assert gain == 3
+
+
+@pytest.mark.parametrize("read", [lambda t: float(t.numpy()[0]), lambda t: t.tolist()[0], lambda t: len(str(t))])
+def test_numbers_read_from_closures_are_true(read: Any) -> None:
+    tensor = torch.tensor([3.5, 1.0])
+    f = lambda x: x * read(tensor)  # noqa: E731
+    assert torch.equal(lrp.attribute_and_value(f, lrp.gradient(), argnums=0)(torch.ones(1, 1))[1], f(torch.ones(1, 1)))
+
+
+def test_random_draws_are_the_models() -> None:
+    def f(x: Tensor) -> Tensor:
+        F.dropout(x, 0.5, True)  # unused, but it moves the generator on
+        return F.dropout(x, 0.5, True)
+
+    x = normal(4, 4)
+    torch.manual_seed(0)
+    expected = f(x)
+    torch.manual_seed(0)
+    relevance, value = lrp.attribute_and_value(f, [], argnums=0)(x)
+    assert torch.equal(value, expected)
+    assert torch.equal(relevance, value)
+    for random in (lambda x: F.alpha_dropout(x, 0.5, True), lambda x: F.rrelu(x, training=True)):
+        with pytest.raises(lrp.CaptureError, match="draws random numbers inside"):
+            lrp.attribute(random, lrp.gradient(), argnums=0)(x)
+
+
+def test_complex_numbers_on_the_way() -> None:
+    f = lambda x: x + torch.fft.ifft(torch.fft.fft(x)).real  # noqa: E731
+    x = normal(2, 4)
+    output, pullback = lrp.vjp(f, lrp.gradient(), x, argnums=0)
+    cotangent = normal(*output.shape, seed=1)
+    assert largest_difference(pullback(cotangent), plain_vjp(f, x)[1](cotangent)[0]) < 1e-12
+    with pytest.raises(lrp.UncoveredLayerError, match="fft_fft"):
+        lrp.attribute(f, lrp.epsilon(), argnums=0)(x)
+
+
+def test_compiled_and_scripted_parts() -> None:
+    x = normal(2, 3)
+    compiled = torch.compile(lambda x: torch.relu(x) * 2)
+    relevance = lrp.attribute(lambda x: compiled(x), [(lrp.Activation, lrp.Pass())], argnums=0)
+    assert torch.equal(relevance(x), torch.relu(x) * 2)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_checkpoints() -> None:
+    for reentrant in (False, True):
+        f = lambda x, reentrant=reentrant: checkpoint(torch.tanh, x, use_reentrant=reentrant) + x  # noqa: E731
+        if reentrant:
+            with pytest.raises(lrp.CaptureError, match="use_reentrant=False"):
+                lrp.attribute(f, lrp.epsilon(), argnums=0)(normal(2, 3))
+        else:
+            assert lrp.attribute(f, lrp.epsilon(), argnums=0)(normal(2, 3)).shape == (2, 3)
+
+
+def test_sparse_tensors() -> None:
+    adjacency = torch.eye(3).double().to_sparse()
+    with pytest.raises(lrp.InputError, match=r"layout torch.sparse_coo, which cannot be traced"):
+        lrp.attribute(lambda a, x: a @ x)(adjacency, normal(3, 2))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,9 +14,6 @@ from torch.nn import functional as F
 import lrpfunc as lrp
 from tests.cases import ELEMENTWISE_RULES, LINEAR_RULES, SUM_RULES, normal
 from tests.oracles import largest_difference
-
-settings.register_profile("lrpfunc", deadline=None, derandomize=True, max_examples=40)
-settings.load_profile("lrpfunc")
 
 
 def dense(params: tuple[Tensor, Tensor | None], x: Tensor) -> Tensor:

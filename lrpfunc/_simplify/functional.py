@@ -15,6 +15,7 @@ from lrpfunc._capture import Trace
 from lrpfunc._errors import CaptureError
 from lrpfunc._operations import (
     REWRITTEN,
+    assigned,
     aten,
     batch_norm_eval,
     batch_norm_train,
@@ -23,6 +24,7 @@ from lrpfunc._operations import (
     copied,
     dropout_mask,
     filled,
+    is_random,
     operation_name,
     overwrite,
     zeroed,
@@ -65,14 +67,27 @@ class Program:
 
 
 @dataclass(frozen=True)
-class _View:
-    """A chain of view operations as one function."""
+class _Step:
+    """One view operation: how a view is derived from its base."""
 
-    chain: tuple[fx.Node, ...]
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    like: Any
+    no_grad: bool
+
+
+@dataclass(frozen=True)
+class _View:
+    """A chain of view operations as one function: where in the base a view lies."""
+
+    chain: tuple[_Step, ...]
 
     def __call__(self, base: Any) -> Any:
-        for node in self.chain:
-            base = node.target(base, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        for step in self.chain:
+            if step.target is aten.detach.default:
+                continue  # in the same place
+            base = step.target(base, *step.args, **step.kwargs)
         return base
 
 
@@ -82,10 +97,10 @@ def _storages(node: fx.Node) -> set[int]:
 
 
 class _Functionalizer:
-    """Copies a traced graph node by node; each tensor that is changed in place gets a node per version.
+    """Copies a traced graph node by node; memory that is changed in place gets a node per version.
 
-    An original node that is a view of another, its *root*, is derived anew from the root's current version whenever
-    the root was written to since.
+    Nodes that share memory have one `root`. The memory's current content is `base[root]`, and each of the nodes is
+    derived from it by its chain of views, anew whenever it was written to since.
     """
 
     def __init__(self, trace: Trace):
@@ -93,7 +108,8 @@ class _Functionalizer:
         self.graph = fx.Graph()
         self.current: dict[fx.Node, Any] = {}
         self.root: dict[fx.Node, fx.Node] = {}
-        self.chain: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self.base: dict[fx.Node, Any] = {}
+        self.chain: dict[fx.Node, tuple[_Step, ...]] = {}
         self.version: dict[fx.Node, int] = {}
         self.made: dict[fx.Node, int] = {}
         self.scopes: list[str] = []
@@ -112,34 +128,46 @@ class _Functionalizer:
         }
         return node
 
-    def define(self, old: fx.Node, new: Any, parent: fx.Node | None = None) -> None:
-        """Says that `old` is `new`; and a view of `parent`, if it is one."""
+    def step(self, node: fx.Node, target: Any) -> _Step:
+        return _Step(target, node.args[1:], dict(node.kwargs), node.meta.get("val"), self.no_grad)
+
+    def define(self, old: fx.Node, new: Any) -> None:
+        """Says that `old` is `new`, in memory of its own."""
+        self.current[old] = self.base[old] = new
+        self.root[old], self.chain[old] = old, ()
+        self.version[old] = self.made[old] = 0
+
+    def define_view(self, old: fx.Node, new: Any, parent: fx.Node, *steps: _Step) -> None:
+        """Says that `old` is `new`, a view of `parent`."""
         self.current[old] = new
-        self.root[old] = old if parent is None else self.root[parent]
-        self.chain[old] = () if parent is None else (*self.chain[parent], old)
-        self.version.setdefault(self.root[old], 0)
+        self.root[old], self.chain[old] = self.root[parent], (*self.chain[parent], *steps)
         self.made[old] = self.version[self.root[old]]
 
     def read(self, old: fx.Node) -> fx.Node:
         root = self.root[old]
         if self.made[old] != self.version[root]:
-            value = self.current[root]
-            for view in self.chain[old]:
-                value = self.emit(view.target, (value, *view.args[1:]), view.kwargs, view.meta.get("val"))
-            self.current[old] = value
-            self.made[old] = self.version[root]
+            value = self.base[root]
+            for step in self.chain[old]:
+                value = self.emit(step.target, (value, *step.args), step.kwargs, step.like)
+                value.meta["no_grad"] = step.no_grad
+            self.current[old], self.made[old] = value, self.version[root]
         return self.current[old]
 
     def write(self, old: fx.Node, new: fx.Node) -> None:
         root = self.root[old]
         if root.op != "call_function":
             self._refuse(root)
-        new_root = new
-        if self.chain[old]:
-            new_root = self.emit(overwrite, (self.read(root), new, _View(self.chain[old])), None, root.meta.get("val"))
+        base, chain = self.base[root], self.chain[old]
+        like = base.meta["val"]
+        content = self.emit(overwrite, (base, new, _View(chain)), None, like) if chain else new
+        if self.no_grad or any(step.target is aten.detach.default for step in chain):
+            # A tensor keeps its history when it is written to without gradients.
+            content = self.emit(assigned, (base, self.emit(aten.detach.default, (content,), None, like)), None, like)
+            content.meta["no_grad"] = False
+        self.base[root] = content
         self.version[root] += 1
-        self.current[root], self.made[root] = new_root, self.version[root]
-        self.current[old], self.made[old] = new, self.version[root]
+        if content is new:
+            self.current[old], self.made[old] = new, self.version[root]
 
     def _refuse(self, root: fx.Node) -> None:
         placeholders = [node for node in self.trace.module.graph.nodes if node.op == "placeholder"][1:]
@@ -235,38 +263,43 @@ class _Functionalizer:
         if self.trace.after_dispatch and target in (aten.view.default, aten._unsafe_view.default):
             target = aten.reshape.default  # a trace after dispatch is specialised to the strides it saw
         new = self.emit(target, args, kwargs, node.meta.get("val"))
-        self.define(node, new, self._viewed(node))
+        viewed = self._viewed(node)
+        if viewed is None:
+            self.define(node, new)
+        else:
+            self.define_view(node, new, viewed, self.step(node, target))
 
     def _viewed(self, node: fx.Node) -> fx.Node | None:
         """The operand that `node` is a view of: the one whose memory it shares."""
-        storages = _storages(node)
         first = node.args[0] if node.args else None
-        if isinstance(first, fx.Node) and first in self.root and storages & _storages(first):
+        if not isinstance(first, fx.Node) or first not in self.root:
+            return None
+        if node.target in (aten.detach.default, aten.alias.default) or _storages(node) & _storages(first):
             return first
         return None
 
     def _mutation(self, node: fx.Node) -> None:
         target: Any = node.target
         written = [i for i, a in enumerate(target._schema.arguments) if a.alias_info and a.alias_info.is_write]
-        functional = self._functional(target)
-        if written != [0] or functional is None:
+        found = self._functional(target)
+        if written != [0] or found is None or not isinstance(node.args[0], fx.Node):
             raise CaptureError(
                 f"the operation `{target}` changes a tensor in place and has no form without side effects that "
                 "lrpfunc knows. Write it with the operation that returns its result"
             )
-        self_node: Any = node.args[0]
+        old = node.args[0]
         args, kwargs = self._mapped(node)
-        before, after = self_node.meta["val"], node.meta["val"]
-        new = self.emit(functional, args, kwargs, after)
-        if before.shape != after.shape or before.stride() != after.stride():  # squeeze_, t_: a new view, no new numbers
-            self.define(node, new)
-            self.current[self_node], self.made[self_node] = new, self.version[self.root[self_node]]
+        before, after = old.meta["val"], node.meta["val"]
+        new = self.emit(found, args, kwargs, after)
+        if before.shape != after.shape or before.stride() != after.stride():
+            # unsqueeze_, t_: no new numbers, but both names now mean another view of the same memory
+            for name in (old, node):
+                self.define_view(name, new, old, *([] if name is node else [self.step(node, found)]))
             return
-        if functional is not copied and not target._schema.name.startswith("aten::to"):
+        if found is not copied:
             new = self._keep_dtype(new, args[0], after)
-        self.write(self_node, new)
-        self.root[node], self.chain[node] = self.root[self_node], self.chain[self_node]
-        self.current[node], self.made[node] = new, self.made[self_node]
+        self.write(old, new)
+        self.define_view(node, self.read(old), old)
 
     def _keep_dtype(self, new: fx.Node, old: fx.Node, like: Tensor) -> fx.Node:
         """An operation in place keeps its tensor's dtype where the functional one would promote."""
@@ -275,28 +308,34 @@ class _Functionalizer:
 
     @staticmethod
     def _functional(target: Any) -> Any:
+        """The operation that returns what `target` writes, found by the types of its arguments."""
         name = target._schema.name.removeprefix("aten::")
         special = {"copy_": copied, "fill_": filled, "zero_": zeroed, "detach_": aten.detach.default}
         if name in special:
             return special[name]
-        packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-        found = getattr(packet, target._overloadname, None)
-        return REWRITTEN.get(found, found)
+        name = f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_")
+        packet: Any = getattr(aten, name, None)
+        types = [str(a.type) for a in target._schema.arguments]
+        for overload in packet.overloads() if packet is not None else ():
+            found = getattr(packet, overload)
+            if [str(a.type) for a in found._schema.arguments] == types and not found._schema.is_mutable:
+                return REWRITTEN.get(found, found)
+        return None
 
     def _dropout(self, node: fx.Node, name: str) -> None:
         old: Any = node.args[0]
         (x, p, training), _ = self._mapped(node)
+        if not training or p == 0:  # the result is the operand itself, and a write to one is a write to both
+            self.define_view(node, x, old)
+            return
         like = node.meta["val"]
-        new = x
-        if training and p > 0:
-            mask = self.emit(dropout_mask, (x, p, name.removesuffix("_")), None, like)
-            new = self.emit(aten.mul.Tensor, (x, mask), None, like)
-        if name.endswith("_") and new is not x:
+        mask = self.emit(dropout_mask, (x, p, name.removesuffix("_")), None, like)
+        new = self.emit(aten.mul.Tensor, (x, mask), None, like)
+        if name.endswith("_"):
             self.write(old, new)
-        # Without dropout the result is the operand itself, and a later write to one is a write to both.
-        self.define(node, new, None)
-        if new is x or name.endswith("_"):
-            self.root[node], self.chain[node], self.made[node] = self.root[old], self.chain[old], self.made[old]
+            self.define_view(node, self.read(old), old)
+        else:
+            self.define(node, new)
 
     def _batch_norm(self, node: fx.Node) -> None:
         (x, weight, bias, mean, var, training, momentum, eps, *_), _ = self._mapped(node)
@@ -360,7 +399,7 @@ def functional(trace: Trace) -> Program:
 
 
 def _drop_dead(graph: fx.Graph) -> None:
-    """Drops what no output needs, random operations too; placeholders stay."""
+    """Drops what no output needs; random operations stay, for the next one draws what follows."""
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users:
+        if node.op == "call_function" and not node.users and not is_random(node):
             graph.erase_node(node)

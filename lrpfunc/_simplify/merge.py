@@ -25,6 +25,9 @@ _DENSE = {
     "inner": (0, 1, None),
     "outer": (0, 1, None),
     "matmul": (0, 1, None),
+    "tensordot": (0, 1, None),
+    "kron": (0, 1, None),
+    "vdot": (0, 1, None),
 }
 _CONVOLUTION = {
     name: (0, 1, 2)

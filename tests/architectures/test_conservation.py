@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lrpfunc as lrp
 from tests.architectures.models import architecture, image
@@ -25,13 +27,16 @@ COMPOSITES = {
 LRP_0 = [(lrp.Dense | lrp.Convolution, lrp.Epsilon(0.0)), (lrp.Activation, lrp.Pass())]
 
 
+IMAGE = image(2, 3, 32, 32)
+
+
 @pytest.fixture(scope="module", params=["resnet18", "vgg16_bn"])
-def model(request: pytest.FixtureRequest) -> nn.Module:
-    return architecture(request.param)
+def function(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Tensor]]:
+    return lrp.from_module(architecture(request.param))
 
 
 def without_biases(model: nn.Module) -> nn.Module:
-    """Nothing is added anywhere: no bias, and no shift or mean of a batch norm."""
+    """The model with nothing added anywhere: no bias, and no shift or mean of a batch norm."""
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name.endswith(("bias", "running_mean")):
@@ -49,25 +54,25 @@ def test_relevance_is_conserved():
 
 
 @pytest.mark.parametrize("composite", COMPOSITES)
-def test_balance(model: nn.Module, composite: str):
+def test_balance(function: tuple[Any, dict[str, Tensor]], composite: str):
     """Each layer on its own: relevance out is relevance in and what was absorbed, each by its own formula."""
-    model_fn, params = lrp.from_module(model)
-    rules, x = COMPOSITES[composite], image()
-    explanation = lrp.explain(model_fn, rules)(params, x, target=3)
+    model_fn, params = function
+    rules = COMPOSITES[composite]
+    explanation = lrp.explain(model_fn, rules)(params, IMAGE, target=3)
     off = [(str(row.layer), row.residual) for row in explanation.rows if not abs(row.residual) <= 1e-9 * row.absolute]
     assert off == []
     scale = sum(row.absolute for row in explanation.rows)
     assert abs(explanation.residual) <= 1e-9 * scale
-    relevance = lrp.attribute(model_fn, rules)(params, x, target=3)
+    relevance = lrp.attribute(model_fn, rules)(params, IMAGE, target=3)
     assert torch.equal(explanation.relevance, relevance)
-    total = (x * relevance).sum() if rules.cotangent else relevance.sum()
+    total = (IMAGE * relevance).sum() if rules.cotangent else relevance.sum()
     assert explanation.relevance_in == pytest.approx(total.item(), rel=1e-12)
 
 
-def test_layers_account_for_all_that_biases_absorb():
-    """With LRP-0 nothing but biases, and the constants of batch norms, takes relevance."""
+def test_only_biases_absorb_with_lrp_0():
+    """Those of merged batch norms among them."""
     model_fn, params = lrp.from_module(architecture("resnet18"))
-    explanation = lrp.explain(model_fn, LRP_0)(params, image(), target=3)
+    explanation = lrp.explain(model_fn, LRP_0)(params, IMAGE, target=3)
     absorbed = explanation.absorbed
     assert abs(explanation.start - explanation.relevance_in - absorbed["bias"]) <= 1e-9 * abs(absorbed["bias"])
     assert abs(absorbed["bias"]) > 1e-3 * abs(explanation.start)

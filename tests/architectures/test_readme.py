@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_snippets() -> None:
-    namespace: dict[str, Any] = {"__name__": "readme"}
+    namespace: dict[str, Any] = {"__name__": __name__}  # dataclasses look their module up
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(blocks) > 5
     for block in blocks:

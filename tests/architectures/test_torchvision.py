@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from threading import Event
 from typing import Any
 
@@ -78,8 +79,14 @@ class SmallResNet(nn.Sequential):
         super().__init__(*stem, BasicBlock(8, 8), BasicBlock(8, 8), *end)
 
 
+@lru_cache(maxsize=1)
+def function(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+    """One for all tests of a model, which is then captured once."""
+    return lrp.from_module(model)
+
+
 def every_call(model: nn.Module) -> dict[str, Callable[[], Any]]:
-    model_fn, params = lrp.from_module(model)
+    model_fn, params = function(model)
     rules = lrp.epsilon_plus_flat()
     relevance_fn = lrp.attribute(model_fn, rules)
 
@@ -88,6 +95,7 @@ def every_call(model: nn.Module) -> dict[str, Callable[[], Any]]:
         return pullback(output)
 
     return {
+        "from_module": lambda: lrp.from_module(model, return_buffers=True),
         "model function": lambda: model_fn(params, IMAGE),
         "attribute": lambda: relevance_fn(params, IMAGE, target=3),
         "layers": lambda: lrp.attribute(model_fn, rules, layers="*")(params, IMAGE, target=3),
@@ -150,7 +158,7 @@ def test_model_is_as_it_was_after_an_error(model: nn.Module, failure: str):
     error, message, call = FAILURES[failure]
     before = state(model)
     with pytest.raises(error, match=message):
-        call(*lrp.from_module(model))
+        call(*function(model))
     assert changed(model, before) == []
 
 
@@ -310,35 +318,39 @@ def test_threads_share_a_transform_and_a_model():
 # Relevance of layers
 
 
+@pytest.fixture(scope="module")
+def resnet18() -> Any:
+    return architecture("resnet18")
+
+
 def of_layers(model: nn.Module, layers: str | list[str]) -> dict[str, Tensor]:
-    model_fn, params = lrp.from_module(model)
+    model_fn, params = function(model)
     return lrp.attribute(model_fn, lrp.epsilon_plus(), layers=layers)(params, IMAGE, target=3)[1]
 
 
-def test_names_of_layers():
+def test_names_of_layers(resnet18: Any):
     """A module that is called again is `name@1`; a convolution and the batch norm merged into it are one entry."""
     block = ("conv1", "relu", "conv2", "relu@1")
     names = [f"layer1.{k}{part}" for k in (0, 1) for part in (*(f".{name}" for name in block), "")]
-    found = of_layers(architecture("resnet18"), "layer1.*")
+    found = of_layers(resnet18, "layer1.*")
     assert list(found) == names
     assert {relevance.shape for relevance in found.values()} == {(2, 64, 8, 8)}
     assert torch.equal(found["layer1.0.relu@1"], found["layer1.0"])
     assert not torch.equal(found["layer1.0.relu"], found["layer1.0.relu@1"])
 
 
-def test_merged_batch_norm_shares_its_convolutions_entry():
-    model = architecture("resnet18")
-    by_norm = of_layers(model, ["layer1.0.bn1", "layer2.0.downsample.1"])
-    by_convolution = of_layers(model, ["layer1.0.conv1", "layer2.0.downsample.0"])
+def test_merged_batch_norm_shares_its_convolutions_entry(resnet18: Any):
+    by_norm = of_layers(resnet18, ["layer1.0.bn1", "layer2.0.downsample.1"])
+    by_convolution = of_layers(resnet18, ["layer1.0.conv1", "layer2.0.downsample.0"])
     assert list(by_norm) == ["layer1.0.bn1", "layer2.0.downsample.1"]
     for norm, convolution in zip(by_norm.values(), by_convolution.values(), strict=True):
         assert torch.equal(norm, convolution)
 
 
-def test_relevance_of_a_layer_is_that_of_the_rest_explained_alone():
-    model: Any = architecture("resnet18")
-    start = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool, model.layer1)
-    rest = nn.Sequential(model.layer2, model.layer3, model.layer4, model.avgpool, nn.Flatten(), model.fc)
+def test_relevance_of_a_layer_is_that_of_the_rest_explained_alone(resnet18: Any):
+    net = resnet18
+    start = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
+    rest = nn.Sequential(net.layer2, net.layer3, net.layer4, net.avgpool, nn.Flatten(), net.fc)
     model_fn, params = lrp.from_module(rest)
     alone = lrp.attribute(model_fn, lrp.epsilon_plus())(params, start(IMAGE), target=3)
-    assert largest_difference(of_layers(model, "layer1")["layer1"], alone) <= 1e-12
+    assert largest_difference(of_layers(resnet18, "layer1")["layer1"], alone) <= 1e-12

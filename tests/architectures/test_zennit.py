@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import pytest
@@ -28,12 +28,13 @@ from tests.architectures.zennit_oracle import (
 )
 from tests.oracles import largest_difference
 
-CANONIZERS: dict[str, tuple[Callable[[], Any], ...]] = {
-    "vgg16": (),
-    "vgg16_bn": (CanonizeVGG,),
-    "resnet18": (CanonizeResNet,),
-    "resnet50": (CanonizeResNet,),
-    "alexnet": (),
+# Options of torchvision's, Zennit's canonizers, the size of the image.
+ARCHITECTURES: dict[str, tuple[dict[str, Any], tuple[Callable[[], Any], ...], int]] = {
+    "vgg16": ({}, (), 32),
+    "vgg16_bn": ({}, (CanonizeVGG,), 32),
+    "resnet18": ({}, (CanonizeResNet,), 64),
+    "resnet50": ({"width_per_group": 16}, (CanonizeResNet,), 64),
+    "alexnet": ({}, (), 64),
 }
 TOLERANCE = 1e-10
 LOW = torch.tensor([-4.0, -5.0, -6.0], dtype=torch.float64).reshape(1, 3, 1, 1)
@@ -60,8 +61,12 @@ class Network:
     x: Tensor
     canonizers: tuple[Callable[[], Any], ...] = ()
 
+    @cached_property
+    def function(self) -> tuple[Any, dict[str, Tensor]]:
+        return lrp.from_module(self.model)
+
     def ours(self, rules: Any, target: Any) -> Tensor:
-        model_fn, params = lrp.from_module(self.model)
+        model_fn, params = self.function
         return lrp.attribute(model_fn, rules)(params, self.x, target=target)
 
     def theirs(self, composite: Callable[..., Any], start: Any, **options: Any) -> Tensor:
@@ -69,9 +74,10 @@ class Network:
         return zennit_relevance(self.model, made, self.x, start)
 
 
-@pytest.fixture(scope="module", params=CANONIZERS)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def network(request: pytest.FixtureRequest) -> Network:
-    return Network(architecture(request.param), image(), CANONIZERS[request.param])
+    options, canonizers, size = ARCHITECTURES[request.param]
+    return Network(architecture(request.param, **options), image(1, 3, size, size), canonizers)
 
 
 def logit(output: Tensor) -> Tensor:
@@ -81,6 +87,14 @@ def logit(output: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("composite", LRP)
 def test_composite(network: Network, composite: str):
+    mine, others = LRP[composite]
+    assert largest_difference(network.ours(mine(), 3), network.theirs(others, logit)) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("composite", LRP)
+def test_resnet50_as_wide_as_it_is(composite: str):
+    network = Network(architecture("resnet50"), image(2, 3, 64, 64), (CanonizeResNet,))
     mine, others = LRP[composite]
     assert largest_difference(network.ours(mine(), 3), network.theirs(others, logit)) <= TOLERANCE
 
@@ -159,6 +173,7 @@ class PreActivation(nn.Module):
         return self.head(x)
 
 
+@pytest.fixture(scope="module")
 def densenet() -> Network:
     """torchvision's, where some batch norms can be merged.
 
@@ -181,7 +196,6 @@ def test_batch_norm_that_is_not_merged(composite: str):
 
 
 @pytest.mark.parametrize("composite", LRP)
-def test_densenet(composite: str):
-    network = densenet()
+def test_densenet(densenet: Network, composite: str):
     mine, others = LRP[composite]
-    assert largest_difference(network.ours(mine(), 3), network.theirs(others, logit)) <= TOLERANCE
+    assert largest_difference(densenet.ours(mine(), 3), densenet.theirs(others, logit)) <= TOLERANCE
