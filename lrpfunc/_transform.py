@@ -86,7 +86,8 @@ def attribute(
         with `layers`, `(relevance, {name: relevance})`; with `has_aux`, `(that, aux)`. `target` says where relevance
         starts: an integer or integer tensor indexes the last axis of an output of 1 or 2 dimensions, one for all
         samples or one each; a floating-point tensor like the output, or a function from the output to one, is the
-        starting relevance itself; `None` starts with the output.
+        starting relevance itself; `None` starts with the output. In a cotangent composite, such as `gradient()`, an
+        integer or `None` starts with ones there, the cotangent of the output.
 
     Raises:
         UncoveredLayerError: If a layer is not linear and no rule covers it.

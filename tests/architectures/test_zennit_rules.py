@@ -139,6 +139,23 @@ def test_box_with_a_bound_a_channel(shape: tuple[int, ...]):
     assert largest_difference(ours(model, lrp.ZBox(low, high), x), expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("mine", "other"),
+    [
+        (lrp.Epsilon(0.1), theirs.Epsilon(0.1)),
+        (lrp.Norm(0.1), theirs.Norm(0.1)),
+        (lrp.ZBox(-1, 1), theirs.ZBox(-1.0, 1.0)),
+    ],
+    ids=["epsilon", "norm", "zbox"],
+)
+def test_contributions_that_cancel(mine: lrp.Rule, other: Hook):
+    """Exactly: the stabilizer's sign of 0 is +1."""
+    model = nn.Linear(2, 1, bias=False)
+    model.weight = nn.Parameter(torch.tensor([[3.0, -3.0]], dtype=torch.float64))
+    x = torch.ones(1, 2, dtype=torch.float64)
+    assert largest_difference(ours(model, mine, x), zennits(model, other, x)) <= TOLERANCE
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Norm and Pass
 
