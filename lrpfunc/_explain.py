@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from lrpfunc._errors import CaptureError
-from lrpfunc._graph import STRUCTURAL, BoundLayer, Kind, Layer
+from lrpfunc._graph import STRUCTURAL, BoundLayer, Layer
 from lrpfunc._message import Message
 from lrpfunc._operations import operation_name
 from lrpfunc._run import Argnums
@@ -60,7 +60,8 @@ class Explanation:
         rows: One a layer, from the output to the input, those that only move values included.
         start: The sum of the relevance at the output.
         relevance: What `attribute` returns.
-        relevance_in: The sum of the relevance that arrives at what is explained.
+        relevance_in: The sum of the relevance that arrives at the input. Parameters that are explained take nothing
+            from it: their relevance is another view of the same layers.
     """
 
     rows: tuple[Row, ...]
@@ -217,7 +218,7 @@ def _row(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], result
     if len(layer.layer.outputs) == 1:
         absorbed = rule.account(layer, messages[layer.layer.output])
     else:
-        absorbed = {} if layer.layer.kind is Kind.WINNER else absorbed_by_several(layer, messages)
+        absorbed = absorbed_by_several(layer, rule, messages)
     return Row(
         layer.layer,
         rule,

@@ -51,7 +51,7 @@ class Layer:
     Attributes:
         kind: What the layer is.
         name: The module's path, with `@k` for its call `k > 0`; in a function without modules the path of the
-            layer's parameter, or the operation's name with a number.
+            layer's parameter, or the operation's name, likewise numbered.
         operation: The name of the torch operation, such as `"conv2d"`.
         modules: The paths of all modules around the operation, from the outside in.
         depth: The share of the way through the dense layers and convolutions, from 0 to 1.
@@ -80,6 +80,12 @@ class Layer:
         """The one output of a layer that has one."""
         (output,) = (node for node in self.outputs if node is not None)
         return output
+
+    @property
+    def places(self) -> int:
+        """How many operands the inputs are: more than there are inputs in `x * x`."""
+        operands = pytree.tree_leaves([(node.args, node.kwargs) for node in self.nodes])
+        return sum(operands.count(node) for node in self.inputs)
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -183,6 +189,7 @@ class Graph:
     Attributes:
         program: The whole forward pass.
         sources: The nodes of the explained leaves, `None` for an integer leaf.
+        on_path: The nodes from which relevance may come to what is explained.
         starts: The nodes at which relevance ends its way: those leaves, or the layers explained in their place.
         layers: In order of execution.
         entries: Where `layers=` may ask for relevance: name, leaves (`None`: no relevance there) and spec.
@@ -190,6 +197,7 @@ class Graph:
 
     program: Program
     sources: list[fx.Node | None]
+    on_path: set[fx.Node]
     starts: list[fx.Node]
     layers: list[Layer]
     entries: list[tuple[str, list[fx.Node | None], Any]]
@@ -211,15 +219,16 @@ def _reached(program: Program, seeds: Iterable[fx.Node]) -> set[fx.Node]:
     return reached
 
 
-def _needed(outputs: Iterable[fx.Node]) -> set[fx.Node]:
-    needed: set[fx.Node] = set()
-    pending = list(outputs)
+def _leading_to(outputs: Iterable[fx.Node], reached: set[fx.Node]) -> set[fx.Node]:
+    """The nodes among `reached` from which a path through such nodes leads to an output."""
+    leading: set[fx.Node] = set()
+    pending = [node for node in outputs if node in reached]
     while pending:
         node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending.extend(node.all_input_nodes)
-    return needed
+        if node not in leading:
+            leading.add(node)
+            pending.extend(n for n in node.all_input_nodes if n in reached)
+    return leading
 
 
 def build_graph(
@@ -228,8 +237,7 @@ def build_graph(
     """The layers that depend on `data`, or on parameters that are explained themselves, the `taps`."""
     active = _reached(program, data)
     tapped = _reached(program, taps) - active
-    needed = _needed(program.outputs)
-    on_path = (active | tapped) & needed
+    on_path = _leading_to(program.outputs, active | tapped)
     kept = set(program.outputs)
     layers: list[Layer] = []
     merged: dict[fx.Node, Layer] = {}
@@ -252,7 +260,12 @@ def build_graph(
         layers.append(layer)
         merged.update(dict.fromkeys(layer.nodes, layer))
     return Graph(
-        program, sources, list(dict.fromkeys(data)), layers, _entries(program, layers, merged, active & needed)
+        program,
+        sources,
+        on_path,
+        list(dict.fromkeys(data)),
+        layers,
+        _entries(program, layers, merged, active & on_path),
     )
 
 
@@ -281,10 +294,10 @@ def _layer(
     first = nodes[0]
     scopes = first.meta["scopes"]
     operation = ops.operation_name(first)
-    name = scopes[-1] if scopes else _parameter_name(program, found)
-    if name is None:
-        name = f"{operation}_{counts[operation]}" if counts[operation] else operation
-        counts[operation] += 1
+    name = scopes[-1] if scopes else _parameter_name(program, found) or operation
+    if not scopes:
+        counts[name] += 1
+        name = f"{name}@{counts[name] - 1}" if counts[name] > 1 else name
     return Layer(
         kind=kind,
         name=name,
@@ -342,6 +355,8 @@ def _kind(node: fx.Node, found: Affine | None, inputs: tuple[fx.Node, ...]) -> t
     if name in ("index_put", "_unsafe_index_put") and len(node.args) > 3 and node.args[3]:
         return Kind.LINEAR, True
     if name == "scatter" and "reduce" in node.kwargs:
+        return Kind.NON_LINEAR, False
+    if name == "view" and getattr(node.target, "_overloadname", "") == "dtype":
         return Kind.NON_LINEAR, False
     if name in ops.SELECT:
         return Kind.SELECT, True
@@ -405,25 +420,34 @@ def _nonnegative(program: Program) -> set[fx.Node]:
 
 
 def _never_negative(node: fx.Node, known: set[fx.Node]) -> bool:
+    """Whether no argument whatever can make the result negative; what is not listed may."""
     name = ops.operation_name(node)
+    first, *others = (*node.args, None)
     if name in ops.POSITIVE:
         return True
+    if name == "softplus":
+        return len(node.args) == 1 and not node.kwargs
     if name in ("clamp", "clamp_min", "clip", "hardtanh"):
-        low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
-        return isinstance(low, (int, float)) and low >= 0
+        low = node.kwargs.get("min", others[0])
+        high = node.kwargs.get("max", others[1] if len(others) > 2 else None)
+        return _not_below_zero(low, known) and (high is None or _not_below_zero(high, known))
     if name == "pow":
-        return isinstance(node.args[1], int) and node.args[1] % 2 == 0
-    if name == "dropout_mask":
-        return True
-    if name == "getitem":
-        return node.args[0] in known
-    if name in ("upsample_bicubic2d", "_upsample_bicubic2d_aa") or name not in ops.KEEPS_SIGN:
-        return False
-    operands = [n for n in node.all_input_nodes if _is_float(n)]
-    # A negative number may stand among the operands: a padding value, a factor.
-    numbers = [a for a in pytree.tree_leaves((node.args[1:], node.kwargs)) if isinstance(a, float)]
-    integers = [a for a in node.args[1:] if type(a) is int and name in ("mul", "div", "add")]
-    return all(n in known for n in operands) and bool(operands) and all(a >= 0 for a in (*numbers, *integers))
+        return isinstance(others[0], int) and others[0] % 2 == 0
+    if name in ("cat", "concat", "concatenate", "stack"):
+        return all(part in known for part in first)  # type: ignore[union-attr]
+    if name in ("add", "mul", "div"):
+        operands = (first, others[0], node.kwargs.get("alpha", 1))
+        return "rounding_mode" not in node.kwargs and all(_not_below_zero(a, known) for a in operands)
+    if name in ("pad", "constant_pad_nd"):
+        numbers: list[Any] = [a for a in others[1:] if isinstance(a, (int, float))] + [node.kwargs.get("value") or 0]
+        return first in known and all(a >= 0 for a in numbers)
+    if name in ("avg_pool1d", "avg_pool2d", "avg_pool3d") and len(node.args) > 6:
+        return False  # a divisor of the user's own
+    return name in ops.KEEPS_SIGN and first in known
+
+
+def _not_below_zero(value: Any, known: set[fx.Node]) -> bool:
+    return value >= 0 if isinstance(value, (int, float)) else value in known
 
 
 # --------------------------------------------------------------------------------------------------------------

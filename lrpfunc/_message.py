@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -53,15 +52,21 @@ class Multiplier:
     value: Tensor
 
     def relevance(self, activation: Tensor) -> Tensor:
-        # A masked activation of minus infinity carries nothing, and 0 * inf would be NaN. Masking by `m == 0`
-        # instead would lose the derivative with respect to `m` there.
-        return torch.where(activation == -math.inf, 0, activation) * self.value
+        return carried(activation) * self.value
 
     def multiplier(self, activation: Tensor) -> Tensor:
         return self.value
 
     def unconvertible(self, activation: Tensor) -> Tensor:
         return torch.zeros_like(self.value)
+
+
+def carried(activation: Tensor) -> Tensor:
+    """The activation that relevance can belong to: an infinite one, of a mask, carries nothing.
+
+    Masking by a multiplier of zero instead would lose the derivative with respect to the multiplier there.
+    """
+    return torch.where(activation.isinf(), 0, activation)
 
 
 def add(messages: Iterable[Message], activation: Tensor) -> Message:
@@ -128,7 +133,9 @@ class Stabilizer(Description):
         epsilon = self.epsilon
         if self.norm_scale:
             dims = tuple(range(1, z.ndim)) if z.ndim > 1 else tuple(range(z.ndim))
-            epsilon = epsilon * z.square().mean(dims, keepdim=True).sqrt()
+            mean = z.square().mean(dims, keepdim=True)
+            zero = mean == 0  # where the square root has no derivative
+            epsilon = epsilon * torch.where(zero, 0, torch.where(zero, 1, mean).sqrt())
         sign = torch.where(z < 0, -1.0, 1.0).to(z.dtype)
         return sign * z.abs().clamp(min=epsilon) if self.clip else z + sign * epsilon
 

@@ -17,7 +17,10 @@ aten = torch.ops.aten
 
 def operation_name(node: fx.Node) -> str:
     """`"conv2d"` for a call of `aten.conv2d.default`; the function's name for a function of ours."""
-    target: Any = node.target
+    return operation_name_of(node.target)
+
+
+def operation_name_of(target: Any) -> str:
     packet = getattr(target, "overloadpacket", None)
     return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
 
@@ -133,8 +136,42 @@ def hardsigmoid(x: Tensor) -> Tensor:
     return torch.clamp(x + 3, 0, 6) / 6
 
 
+def _chosen(written: Tensor, base: Tensor, values: Tensor) -> Tensor:
+    """`base`, with `values[k]` wherever `written` holds `k`: each place takes what was written there last."""
+    return torch.where(written < 0, base, values.reshape(-1)[written.clamp(min=0)])
+
+
+def index_put_winners(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
+    """`index_put`, whose own VJP gives to values that were overwritten too."""
+    if accumulate:
+        return aten.index_put(x, indices, values, True)
+    shape = aten.index(x.detach(), indices).shape
+    places = torch.arange(shape.numel(), device=x.device).reshape(shape)
+    written = aten.index_put(torch.full(x.shape, -1, device=x.device), indices, places)
+    return _chosen(written, x, values.expand(shape))
+
+
+def scatter_winners(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """`scatter`, likewise."""
+    places = torch.arange(index.numel(), device=x.device).reshape(index.shape)
+    written = torch.full(x.shape, -1, device=x.device).scatter(dim, index, places)
+    return _chosen(written, x, source[tuple(slice(n) for n in index.shape)])
+
+
+def index_copy_winners(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """`index_copy`, likewise."""
+    places = torch.arange(source.numel(), device=x.device).reshape(source.shape)
+    written = torch.full(x.shape, -1, device=x.device).index_copy(dim, index, places)
+    return _chosen(written, x, source)
+
+
 REWRITTEN: dict[Any, Any] = {aten.hardsigmoid.default: hardsigmoid}
-IN_WALK: dict[Any, Any] = {batch_norm_eval: batch_norm_affine}
+IN_WALK: dict[Any, Any] = {
+    batch_norm_eval: batch_norm_affine,
+    aten.index_put.default: index_put_winners,
+    aten.scatter.src: scatter_winners,
+    aten.index_copy.default: index_copy_winners,
+}
 """What the walk backwards evaluates in place of an operation of the forward pass."""
 
 
@@ -258,8 +295,16 @@ UNDIFFERENTIABLE = _names(
 )
 """Operations no relevance passes through: their derivative is zero everywhere."""
 
-POSITIVE = _names("relu relu6 sigmoid softmax _softmax exp square abs softplus hardsigmoid sqrt rsqrt")
+POSITIVE = _names("relu relu6 sigmoid softmax _softmax exp square abs hardsigmoid sqrt dropout_mask")
 """Their result is never negative."""
 
-KEEPS_SIGN = SELECT | WINNER | AVERAGE | _names("sum add mul div upsample_nearest2d upsample_bilinear2d cumsum")
-"""Their result is not negative where no operand is."""
+KEEPS_SIGN = _names(
+    """view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose permute t movedim expand expand_as
+    contiguous clone alias detach to _to_copy slice select narrow split split_with_sizes chunk unbind getitem
+    index index_select gather flip roll repeat repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle
+    max_pool1d max_pool2d max_pool3d max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d amax amin topk sort avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d mean sum upsample_nearest1d upsample_nearest2d
+    upsample_linear1d upsample_bilinear2d"""
+)
+"""Their result is not negative where their first operand is not, whatever the others."""

@@ -44,8 +44,8 @@ def assign(graph: Graph, composite: Composite) -> dict[Layer, Rule]:
 
 
 def _objection(rule: Rule, layer: Layer) -> str | None:
-    if len(layer.outputs) > 1:
-        return "the operation has several outputs, and rules serve layers with one"
+    if len(layer.outputs) > 1 and not isinstance(rule, Gradient):
+        return "the operation has several outputs, and rules but Gradient serve layers with one"
     return rule.objection(layer)
 
 

@@ -90,7 +90,8 @@ class Run:
         value = self.values[node]
         if node not in arrived:
             return value.new_zeros(value.shape)
-        return arrived[node].value if self.composite.cotangent else arrived[node].relevance(value)
+        message = arrived[node]
+        return (message.multiplier(value) if self.composite.cotangent else message.relevance(value)).to(value.dtype)
 
 
 def _rebuild(nodes: list[fx.Node], described: tuple[list[Any], Any], values: dict[fx.Node, Any]) -> Any:
@@ -239,8 +240,7 @@ def _build_graph(program: Program, explained: _Explained, globs: tuple[str, ...]
             f"the layer\n\n    {random[0]}\n\ndraws random numbers inside, so that relevance would belong to another "
             "draw than the output. Call module.eval(), or write its dropout with torch.nn.functional.dropout"
         )
-    reached = {node for layer in graph.layers for node in layer.inputs} | set(program.outputs)
-    if not any(node in reached for node in (*data, *taps)):
+    if not any(node in graph.on_path for node in (*data, *taps)):
         raise NoPathError(
             "the output does not depend on what should be explained, or only through operations that stop "
             "derivatives (detach, no_grad, comparisons, rounding). Check argnums, and that the model function does not "

@@ -208,7 +208,7 @@ Activation: Selector = _OfKind(Kind.ACTIVATION)
 """Pointwise non-linearities."""
 
 ReLU: Selector = _Operation("relu")
-"""Rectified linear units."""
+"""Rectified linear units, written as such: `clamp(min=0)` and the like are only an `Activation`."""
 
 BatchNorm: Selector = _OfKind(Kind.BATCH_NORM)
 """Batch norms that are not merged with the layer before them."""

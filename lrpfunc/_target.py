@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
@@ -91,9 +92,9 @@ def start(target: Target | OneHot | Contrast, output: Any) -> list[Message | Non
         return [Multiplier(torch.ones_like(leaf)) if isinstance(leaf, Tensor) else None for leaf in leaves]
     if isinstance(target, (OneHot, Contrast)):
         return [target.start(_single(leaves, target))]
-    if isinstance(target, int) and not isinstance(target, bool):
-        return [OneHot(target).start(_single(leaves, target))]
-    if isinstance(target, Tensor) and not (target.is_floating_point() or target.dtype is torch.bool):
+    if hasattr(target, "__index__") and not isinstance(target, (bool, Tensor)):
+        return [OneHot(operator.index(target)).start(_single(leaves, target))]  # type: ignore[arg-type]
+    if isinstance(target, Tensor) and not target.is_floating_point():
         return [OneHot(target).start(_single(leaves, target))]
     value = target(output) if callable(target) else target
     return relevances(value, leaves, spec)
@@ -144,6 +145,10 @@ def _indicator(output: Tensor, index: int | Tensor) -> Tensor:
     """1 at the index on the last axis, 0 elsewhere, shaped like the output."""
     classes = output.shape[-1]
     batch = output.shape[:-1]
+    if isinstance(index, Tensor) and (index.is_floating_point() or index.is_complex() or index.dtype is torch.bool):
+        raise TargetError(f"an index must be an integer, not a tensor of {index.dtype}: write target.long()")
+    if not isinstance(index, (Tensor, int)) or isinstance(index, bool):
+        raise TargetError(f"an index must be an integer, not {index!r}")
     if not isinstance(index, Tensor):
         if not -classes <= index < classes:
             raise TargetError(

@@ -69,6 +69,8 @@ class Composite(Description):
         return iter(self.entries)
 
     def __add__(self, other: Composite | Iterable[Entry]) -> Composite:
+        if other is None:
+            return NotImplemented
         other = as_composite(other)
         return Composite((*self.entries, *other.entries), self.cotangent or other.cotangent)
 
@@ -84,6 +86,9 @@ def as_composite(rules: Composite | Iterable[Entry] | None) -> Composite:
     """What users may give for `rules`, as a composite."""
     if rules is None:
         return epsilon_plus()
+    if not isinstance(rules, Iterable) and not isinstance(rules, Rule):
+        call = f"; write {rules.__name__}(...)" if callable(rules) and hasattr(rules, "__name__") else ""
+        raise TypeError(f"rules must be a composite or a list of pairs (selector, rule), not {rules!r}{call}")
     if isinstance(rules, Rule):
         raise TypeError(
             f"rules must say which layers {rules!r} is for; write, for example\n\n"

@@ -68,7 +68,7 @@ def test_rule_on_a_layer_it_cannot_serve() -> None:
         lrp.attribute(model_fn, [(lrp.Activation, lrp.Epsilon())])(W, X)
     with pytest.raises(lrp.RuleError, match="ZPlus modifies weights, which only dense layers and convolutions have"):
         lrp.attribute(model_fn, [(lrp.AvgPool, lrp.ZPlus()), *lrp.epsilon()])(W, X)
-    with pytest.raises(lrp.RuleError, match="Pass serves layers with one input that has the shape of the output"):
+    with pytest.raises(lrp.RuleError, match="Pass serves layers that act on each element of one input by itself"):
         lrp.attribute(model_fn, [(lrp.Dense, lrp.Pass()), *lrp.epsilon()])(W, X)
     with pytest.raises(lrp.RuleError, match="2 layers cannot be served"):
         lrp.attribute(model_fn, [(lambda layer: True, lrp.WSquare())])(W, X)
@@ -113,6 +113,8 @@ TARGETS: dict[str, tuple[Any, str]] = {
     "structure": (lambda out: (out, out), "starting relevance has the structure"),
     "type": ("cat", "must be a floating-point tensor, not 'cat'"),
     "callable_type": (lambda out: out.argmax(-1), "must be a floating-point tensor, not a torch.int64 tensor"),
+    "float_index": (lrp.one_hot(torch.tensor(1.7)), "an index must be an integer, not a tensor of torch.float32"),
+    "bool_index": (torch.tensor(True), "an index must be an integer, not a tensor of torch.bool"),
     "contrast": (lrp.contrast(1, 9), "target=9 is out of range"),
 }
 
@@ -122,6 +124,13 @@ def test_targets(name: str) -> None:
     target, message = TARGETS[name]
     with pytest.raises(lrp.TargetError, match=message):
         lrp.attribute(linear, lrp.epsilon())(W, X, target=target)
+
+
+def test_rules_that_are_none() -> None:
+    with pytest.raises(TypeError, match=r"write epsilon_plus\(...\)"):
+        lrp.attribute(linear, lrp.epsilon_plus)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        lrp.epsilon() + None  # type: ignore[operator]
 
 
 def test_integer_targets_need_a_vector_or_a_matrix() -> None:

@@ -211,7 +211,7 @@ class TestNamesAndSelectors:
     def test_names(self) -> None:
         assert self.chosen(lambda layer: True) == [
             "block.0:conv2d", "block.1:relu", "add:add", "act:relu",
-            "block.0@1:conv2d", "block.1@1:relu", "add_1:add", "act@1:relu",
+            "block.0@1:conv2d", "block.1@1:relu", "add@1:add", "act@1:relu",
             "relu:relu", "mean:mean", "head.fc:linear",
         ]  # fmt: skip
 
@@ -225,7 +225,7 @@ class TestNamesAndSelectors:
         assert self.chosen(lrp.first(lrp.Convolution | lrp.Dense)) == ["block.0:conv2d"]
         assert self.chosen(lrp.last(lrp.Activation)) == ["relu:relu"]
         assert self.chosen(lrp.operation("co*")) == ["block.0:conv2d", "block.0@1:conv2d"]
-        assert self.chosen(lrp.AvgPool | lrp.Sum) == ["add:add", "add_1:add", "mean:mean"]
+        assert self.chosen(lrp.AvgPool | lrp.Sum) == ["add:add", "add@1:add", "mean:mean"]
         assert self.chosen(lrp.ReLU & (lambda layer: layer.depth > 0.5)) == [
             "block.1@1:relu",
             "act@1:relu",
@@ -281,3 +281,118 @@ def test_the_table() -> None:
         "\n"
         "6 at the output = 3 at the input + 3 bias   (residual 0.0e+00)"
     )
+
+
+CLAIMS: list[Any] = [
+    lambda x: x.masked_fill(x > 0.5, -1),
+    lambda x: torch.where(x > 0.5, x, -1),
+    lambda x: torch.where(x > 0.5, -1, x),
+    lambda x: x.scatter(1, torch.zeros(2, 1).long(), -3),
+    lambda x: x.index_fill(1, torch.tensor([0]), -3),
+    lambda x: F.pad(x, (1, 1), value=-1),
+    lambda x: torch.constant_pad_nd(x, (1, 1), -1),
+    lambda x: x * torch.tensor(-1),
+    lambda x: x + torch.arange(-3, 1),
+    lambda x: torch.cat([x, torch.full((2, 1), -1)], 1),
+    lambda x: torch.add(x, x, alpha=-2),
+    lambda x: torch.add(x, 1, alpha=-3),
+    lambda x: x - 1,
+    lambda x: x.clamp(0, -1),
+    lambda x: F.softplus(x - 0.5, beta=-1),
+    lambda x: F.softplus(x - 5, threshold=-5),
+    lambda x: F.avg_pool2d(x[None, None], 2, divisor_override=-1)[0, 0],
+    lambda x: torch.minimum(x, torch.full((2, 4), -1)),
+    lambda x: -x,
+    lambda x: x.cumsum(1) - x.cumsum(1).flip(1),
+    lambda x: F.interpolate(x[None, None], scale_factor=3, mode="bicubic")[0, 0],
+    lambda x: F.gelu(x - 0.5),
+    lambda x: F.leaky_relu(x - 0.5),
+]
+
+
+@pytest.mark.parametrize("index", range(len(CLAIMS)))
+def test_non_negativity_is_never_claimed_wrongly(index: int) -> None:
+    f, x = CLAIMS[index], normal(2, 4)
+
+    def model_fn(_: None, x: Tensor) -> Tensor:
+        y = f(torch.relu(x))
+        return F.linear(y, torch.ones(2, y.shape[-1]).double())
+
+    rules = [(lrp.Activation, lrp.Pass()), (lrp.operation("*"), lrp.Gradient())]
+    layers = rows(model_fn, None, x, rules)
+    assert (f(torch.relu(x)) < 0).any()
+    assert not layers[0].layer.nonnegative
+
+
+def test_layers_before_a_detach_are_not_on_the_way() -> None:
+    w, x = normal(3, 3), normal(2, 3)
+
+    def model_fn(w: Tensor, x: Tensor) -> Tensor:
+        scale = torch.softmax(x @ w.T, -1).detach()
+        return (x @ w) * scale
+
+    used = [row.rule for row in rows(model_fn, w, x, lrp.epsilon_plus_flat())]
+    assert [type(rule) for rule in used if type(rule).__name__ != "Scale"] == [lrp.Flat]
+    with pytest.raises(lrp.NoPathError):
+        lrp.attribute(lambda w, x: torch.relu(x).detach() @ w, lrp.epsilon())(w, x)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.zeros(2, 3).double().index_put((torch.tensor([0, 0]),), x),
+        lambda x: (lambda y: (y.__setitem__(torch.tensor([1, 1]), x), y)[1])(torch.zeros(2, 3).double()),
+        lambda x: torch.zeros(2, 3).double().scatter(0, torch.zeros(2, 3).long(), x),
+        lambda x: torch.zeros(2, 3).double().index_copy(0, torch.tensor([0, 0]), x),
+    ],
+)
+def test_overwriting_gives_to_the_winner_only(f: Any) -> None:
+    x, start = normal(2, 3), torch.ones(2, 3).double()
+    explanation = lrp.explain(f, [], argnums=0)(x, target=start)
+    assert explanation.relevance.sum() == 3
+    assert explanation.absorbed["constants"] == 3
+    assert explanation.residual == 0
+
+
+def test_uniform_counts_places() -> None:
+    x = normal(2, 3)
+    for f in (lambda x: x * x, lambda x: torch.einsum("ij,ij->ij", x, x)):
+        relevance = lrp.attribute(f, [(lambda layer: layer.kind is lrp.Kind.PRODUCT, lrp.Uniform())], argnums=0)(x)
+        assert torch.allclose(relevance, f(x))
+    with pytest.raises(lrp.RuleError, match="Uniform serves sums and products"):
+        lrp.attribute(lambda x: torch.lerp(x, x.flip(0), 0.3), [(lrp.operation("lerp"), lrp.Uniform())], argnums=0)(x)
+
+
+def test_factors_of_a_product_and_its_bias_are_the_layers() -> None:
+    w, b, x = normal(4, 3), normal(3, seed=1), normal(2, 4, seed=2)
+    same = [
+        (lambda p, x: torch.addmm(p[1], x, p[0], alpha=-2, beta=-1), lambda p, x: F.linear(x, -2 * p[0].T, -p[1])),
+        (lambda p, x: x @ p[0] - p[1], lambda p, x: F.linear(x, p[0].T, -p[1])),
+        (lambda p, x: torch.add(x @ p[0], p[1], alpha=3), lambda p, x: F.linear(x, p[0].T, 3 * p[1])),
+    ]
+    for rule in (lrp.ZPlus(), lrp.AlphaBeta(), lrp.Gamma(), lrp.WSquare(), lrp.ZBox(-3.0, 3.0), lrp.Epsilon()):
+        for one, other in same:
+            results = [lrp.attribute(f, [(lrp.Dense, rule)])((w, b), x, target=1) for f in (one, other)]
+            assert largest_difference(*results) < 1e-12
+
+
+def test_infinite_masks_are_accounted_for() -> None:
+    mask = torch.tensor([0.0, -torch.inf, 0.0]).double()
+    rules = [(lrp.operation("softmax"), lrp.Gradient())]
+    explanation = lrp.explain(lambda w, x: (x + mask).softmax(-1) @ w, rules)(normal(3, 2), normal(2, 3), target=0)
+    assert abs(explanation.residual) < 1e-12
+
+
+def test_operations_with_several_outputs_take_the_gradient() -> None:
+    gru = nn.GRU(3, 4, batch_first=True).double()
+    model_fn, params = lrp.from_module(gru, output=lambda out: out[0][:, -1])
+    x = normal(2, 5, 3)
+    explanation = lrp.explain(model_fn, [(lrp.operation("gru"), lrp.Gradient())])(params, x, target=1)
+    assert largest_difference(explanation.relevance, x * grad(lambda x: model_fn(params, x)[:, 1].sum())(x)) < 1e-12
+    assert abs(explanation.residual) < 1e-12
+
+
+def test_names_are_told_apart() -> None:
+    f = lambda p, x: torch.relu(torch.relu(x @ p["w"]) @ p["w"])  # noqa: E731
+    _, layers = lrp.attribute(f, lrp.epsilon(), layers="*")({"w": normal(3, 3)}, normal(2, 3))
+    assert list(layers) == ["w", "relu", "w@1", "relu@1"]

@@ -26,6 +26,7 @@ from lrpfunc._operations import (
     filled,
     is_random,
     operation_name,
+    operation_name_of,
     overwrite,
     zeroed,
 )
@@ -158,6 +159,11 @@ class _Functionalizer:
         if root.op != "call_function":
             self._refuse(root)
         base, chain = self.base[root], self.chain[old]
+        if any(operation_name_of(step.target) in ("as_strided", "unfold", "expand") for step in chain):
+            raise CaptureError(
+                "the model function writes through a view whose elements may share memory (as_strided, unfold, "
+                "expand), where it is not clear which value stays. Write to a clone of it"
+            )
         like = base.meta["val"]
         content = self.emit(overwrite, (base, new, _View(chain)), None, like) if chain else new
         if self.no_grad or any(step.target is aten.detach.default for step in chain):

@@ -95,8 +95,9 @@ class Affine:
 
     def parameters(self, values: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor | None]:
         """The effective weight and bias: differentiable functions of the model's own."""
-        weight = values[self.weight_node]
-        bias = None if self.bias_node is None else values[self.bias_node]
+        alpha, beta = self._factors()
+        weight = _times(alpha, values[self.weight_node])
+        bias = None if self.bias_node is None else _times(beta, values[self.bias_node])
         if self.batch_norm is None:
             return weight, bias
         args: Any = [values[a] if isinstance(a, fx.Node) else a for a in self.batch_norm.args[1:]]
@@ -105,14 +106,20 @@ class Affine:
             shift = shift + bias.reshape(-1) * scale
         return _scale_outputs(self, weight, scale), shift
 
+    def _factors(self) -> tuple[Any, Any]:
+        """What the operation multiplies its weight and its bias by."""
+        if self.addition is None:
+            return self.node.kwargs.get("alpha", 1), self.node.kwargs.get("beta", 1)
+        factor: Any = self.addition.kwargs.get("alpha", 1)
+        return 1, -factor if operation_name(self.addition) == "sub" else factor
+
     def __call__(self, values: Mapping[fx.Node, Any], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`f(x; weight, bias)` with everything else as the model has it."""
+        """`f(x; weight, bias)` for an effective weight and bias, with everything else as the model has it."""
         operands = list(self._operands())
         operands[self.input], operands[self.weight] = x, weight
         name = operation_name(self.node)
         if name in _ADDS_PRODUCT:
-            alpha: Any = self.node.kwargs.get("alpha", 1)
-            return self._add(alpha * torch.matmul(operands[1], operands[2]), bias)
+            return self._add(torch.matmul(operands[1], operands[2]), bias)
         native = self._takes(bias)
         if self.bias is not None:
             operands += [None] * (self.bias + 1 - len(operands))
@@ -130,10 +137,13 @@ class Affine:
         return not self.convolution or self.addition is None or self.batch_norm is not None
 
     def _add(self, z: Tensor, bias: Tensor | None) -> Tensor:
-        beta: Any = self.node.kwargs.get("beta", 1)
         for view in self.views:
             z = view.target(z, *view.args[1:], **view.kwargs)  # type: ignore[operator]
-        return z if bias is None else z + (bias if beta == 1 else beta * bias)
+        return z if bias is None else z + bias
+
+
+def _times(factor: Any, tensor: Tensor) -> Tensor:
+    return tensor if factor == 1 else factor * tensor
 
 
 def _scale_outputs(affine: Affine, weight: Tensor, scale: Tensor) -> Tensor:
@@ -198,7 +208,9 @@ def _only_user(node: fx.Node, kept: set[fx.Node]) -> fx.Node | None:
 
 
 def _adds_constant(node: fx.Node, follower: fx.Node, active: set[fx.Node]) -> bool:
-    if follower.target is not aten.add.Tensor or follower.kwargs.get("alpha", 1) != 1:
+    if follower.target not in (aten.add.Tensor, aten.sub.Tensor):
+        return False
+    if follower.target is aten.sub.Tensor and follower.args[0] is not node:
         return False
     others = [a for a in follower.args[:2] if a is not node]
     value = node.meta["val"]
@@ -225,8 +237,6 @@ def _normalizes(found: Affine, follower: fx.Node) -> bool:
         return False
     if found.convolution and value.ndim != found.weight_node.meta["val"].ndim:
         return False  # an unbatched convolution: its first dimension is the channels
-    if found.node.kwargs.get("alpha", 1) != 1 or found.node.kwargs.get("beta", 1) != 1:
-        return False
     bias = found.bias_node
     if bias is None or (found.convolution and found.addition is None):
         return True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfunc._graph import BoundLayer, Kind, Layer
-from lrpfunc._message import Message, Multiplier, Relevance
+from lrpfunc._message import Message, Multiplier, Relevance, carried
 from lrpfunc.rules._rule import Form, Rule, batched_sum_to
 
 
@@ -25,7 +25,7 @@ class Linear(Rule):
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         has_bias = layer.layer.kind in (Kind.DENSE, Kind.CONVOLUTION, Kind.BATCH_NORM)
-        return {"bias" if has_bias else "constants": (message.value * layer.at_zero()).sum()}
+        return {"bias" if has_bias else "constants": (message.value * carried(layer.at_zero())).sum()}
 
 
 @final
@@ -81,11 +81,11 @@ def default_rule(layer: Layer) -> Rule | None:
 def several(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message]) -> tuple[Message, ...]:
     """The messages at the inputs of an operation with several outputs, some of which may have none.
 
-    Only operations that select have several outputs and no rule of their own; the others are propagated as LRP-0.
+    Operations that select hand either form on; all others take the multiplier through their plain VJP.
     """
     nodes = [node for node in layer.layer.outputs if node is not None]
     forms = {type(message) for message in messages.values()}
-    form = Multiplier if forms == {Multiplier} or isinstance(rule, Linear) else Relevance
+    form = Multiplier if forms == {Multiplier} or not isinstance(rule, Select) else Relevance
     values = []
     for node in nodes:
         if node not in messages:
@@ -97,13 +97,21 @@ def several(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message]) -> 
     return tuple(form(m) for m in layer.vjp(*values))
 
 
-def absorbed_by_several(layer: BoundLayer, messages: dict[fx.Node, Message]) -> dict[str, Tensor]:
-    """What an operation that selects into several outputs does not pass on: relevance of its constants."""
+def absorbed_by_several(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message]) -> dict[str, Tensor]:
+    """What an operation with several outputs does not pass on: `account`, for what `several` does."""
+    if layer.layer.kind is Kind.WINNER:
+        return {}
     nodes = [node for node in layer.layer.outputs if node is not None]
-    chosen = layer.jvp([torch.ones_like(x) for x in layer.inputs])
-    lost = [
-        torch.where(c == 0, messages[node].relevance(layer.values[node]), 0).sum()
-        for node, c in zip(nodes, chosen, strict=True)
-        if node in messages
-    ]
-    return {"constants": torch.stack(lost).sum()}
+    selects = isinstance(rule, Select)
+    along = [torch.ones_like(x) if selects else carried(x) for x in layer.inputs]
+    lost = torch.zeros((), dtype=along[0].dtype, device=along[0].device)
+    for node, tangent in zip(nodes, layer.jvp(along), strict=True):
+        if node not in messages:
+            continue
+        value = layer.values[node]
+        if selects:
+            lost = lost + torch.where(tangent == 0, messages[node].relevance(value), 0).sum()
+        else:
+            lost = lost + (messages[node].multiplier(value) * (carried(value) - tangent)).sum()
+            lost = lost + messages[node].unconvertible(value).sum()
+    return {"constants" if selects else "nonlinearity": lost}

@@ -82,7 +82,7 @@ class Rule(Description, abc.ABC):
     # -- algebra
 
     def __mul__(self, factor: float | Tensor) -> Rule:
-        return Combination(((factor, self),))
+        return Combination(((factor, self),)) if _is_factor(factor) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -95,8 +95,15 @@ class Rule(Description, abc.ABC):
     def __add__(self, other: Rule) -> Rule:
         return Combination((*_terms(self), *_terms(other))) if isinstance(other, Rule) else NotImplemented
 
+    def __radd__(self, other: object) -> Rule:
+        return self if other == 0 else NotImplemented  # so that `sum` adds rules up
+
     def __sub__(self, other: Rule) -> Rule:
         return self + (-other) if isinstance(other, Rule) else NotImplemented
+
+
+def _is_factor(value: object) -> bool:
+    return isinstance(value, (int, float, Tensor)) or hasattr(value, "__float__")
 
 
 def _terms(rule: Rule) -> tuple[tuple[float | Tensor, Rule], ...]:
@@ -112,6 +119,8 @@ class Combination(Rule):
     form: ClassVar[Form] = "either"
 
     def __mul__(self, factor: float | Tensor) -> Rule:
+        if not _is_factor(factor):
+            return NotImplemented
         return Combination(tuple((factor * weight, rule) for weight, rule in self.terms))
 
     __rmul__ = __mul__
@@ -148,18 +157,20 @@ def needs_linear(rule: Rule, layer: Layer) -> str | None:
     return None if layer.linear else f"{type(rule).__name__} serves linear layers; this one is not linear in its input"
 
 
-def named(zero_params: ZeroParams) -> tuple[str, ...]:
-    """`zero_params` as a tuple of names."""
-    names = (zero_params,) if isinstance(zero_params, str) else tuple(zero_params or ())
+def named(zero_params: ZeroParams) -> tuple[str, ...] | None:
+    """`zero_params` as a sorted tuple of names, so that rules compare and hash; `None` for none."""
+    if zero_params is None:
+        return None
+    names = (zero_params,) if isinstance(zero_params, str) else tuple(sorted(zero_params))
     if unknown := [name for name in names if name not in ("weight", "bias")]:
         raise ValueError(f"zero_params names 'weight' or 'bias', not {unknown[0]!r}: write zero_params='bias'")
-    return names
+    return names or None
 
 
 def kept(layer: BoundLayer, zero_params: ZeroParams) -> tuple[Tensor, Tensor | None]:
     """The layer's weight and bias, with those that `zero_params` names set to zero."""
     weight, bias = layer.parameters
-    names = named(zero_params)
+    names = zero_params or ()
     return torch.zeros_like(weight) if "weight" in names else weight, None if "bias" in names else bias
 
 

@@ -53,7 +53,7 @@ class AlphaBeta(Rule):
     zero_params: ZeroParams = None
 
     def __post_init__(self) -> None:
-        named(self.zero_params)
+        object.__setattr__(self, "zero_params", named(self.zero_params))
         if isinstance(self.alpha, Tensor) or isinstance(self.beta, Tensor):
             return
         if self.alpha < 0 or self.beta < 0 or not math.isclose(self.alpha - self.beta, 1, abs_tol=1e-6):

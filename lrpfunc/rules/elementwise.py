@@ -8,16 +8,17 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from lrpfunc._graph import BoundLayer, Layer
+from lrpfunc._graph import BoundLayer, Kind, Layer
 from lrpfunc._message import Message, Multiplier, Relevance, divide
 from lrpfunc._operations import HOMOGENEOUS, ZERO_AT_ZERO
 from lrpfunc.rules._rule import Form, Rule
 
 
 def _needs_pointwise(rule: Rule, layer: Layer) -> str | None:
-    if len(layer.inputs) == 1 and layer.input_shapes[0] == layer.output_shape:
+    mixing = (Kind.DENSE, Kind.CONVOLUTION, Kind.SUM, Kind.AVERAGE, Kind.LINEAR, Kind.PRODUCT)
+    if len(layer.inputs) == 1 and layer.input_shapes[0] == layer.output_shape and layer.kind not in mixing:
         return None
-    return f"{type(rule).__name__} serves layers with one input that has the shape of the output"
+    return f"{type(rule).__name__} serves layers that act on each element of one input by itself"
 
 
 @final
@@ -50,6 +51,8 @@ class Pass(Rule):
             return (Relevance(message.relevance(layer.output)),)
         x = layer.input
         (slope,) = layer.vjp(torch.ones_like(layer.output))
+        # At 0, f(x) / x is f'(0), and its derivative f''(0) / 2.
+        slope = (slope + slope.detach()) / 2
         return (Multiplier(message.value * torch.where(x == 0, slope, divide(layer.output, x))),)
 
     def objection(self, layer: Layer) -> str | None:

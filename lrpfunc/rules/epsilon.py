@@ -41,7 +41,7 @@ class Epsilon(Rule):
     zero_params: ZeroParams = None
 
     def __post_init__(self) -> None:
-        named(self.zero_params)
+        object.__setattr__(self, "zero_params", named(self.zero_params))
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         s = self._quotient(layer, message).s

@@ -41,7 +41,7 @@ class WSquare(Rule):
     zero_params: ZeroParams = None
 
     def __post_init__(self) -> None:
-        named(self.zero_params)
+        object.__setattr__(self, "zero_params", named(self.zero_params))
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         return (Relevance(layer.transpose(self._quotient(layer, message).s, self._parameters(layer)[0])),)
@@ -89,7 +89,7 @@ class Flat(Rule):
     zero_params: ZeroParams = None
 
     def __post_init__(self) -> None:
-        named(self.zero_params)
+        object.__setattr__(self, "zero_params", named(self.zero_params))
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         return (Relevance(layer.transpose(self._quotient(layer, message).s, self._weight(layer))),)
@@ -99,7 +99,7 @@ class Flat(Rule):
 
     def _weight(self, layer: BoundLayer) -> Tensor:
         weight, _ = layer.parameters
-        return torch.zeros_like(weight) if "weight" in named(self.zero_params) else torch.ones_like(weight)
+        return torch.zeros_like(weight) if "weight" in (self.zero_params or ()) else torch.ones_like(weight)
 
     def _quotient(self, layer: BoundLayer, message: Message) -> Quotient:
         z = layer.affine(torch.ones_like(layer.input), self._weight(layer), None)

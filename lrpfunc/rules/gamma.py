@@ -28,7 +28,7 @@ class Gamma(Rule):
         R_i &= x_i^+ \left(J_{W_p}^T(s_p) + J_{W_n}^T(s_n)\right)_i
              + x_i^- \left(J_{W_n}^T(s_p) + J_{W_p}^T(s_n)\right)_i
 
-    For convolutions, between `Epsilon` (`gamma = 0`) and `ZPlus` (`gamma` large).
+    For convolutions. `gamma = 0` is `Epsilon`; for positive outputs, a large `gamma` comes close to `ZPlus`.
 
     Args:
         gamma: How much to strengthen them. A tensor may be vmapped over or differentiated.
@@ -50,7 +50,7 @@ class Gamma(Rule):
     zero_params: ZeroParams = None
 
     def __post_init__(self) -> None:
-        named(self.zero_params)
+        object.__setattr__(self, "zero_params", named(self.zero_params))
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         weight, _ = kept(layer, self.zero_params)
@@ -86,4 +86,6 @@ class Gamma(Rule):
         return parameter + self.gamma * negative(parameter)
 
     def objection(self, layer: Layer) -> str | None:
+        if isinstance(self.gamma, Tensor) and self.gamma.ndim > 0:
+            return f"gamma has shape {tuple(self.gamma.shape)}; it is one number, and to try several use torch.vmap"
         return needs_parameters(self, layer)

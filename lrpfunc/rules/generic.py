@@ -8,8 +8,8 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from lrpfunc._graph import BoundLayer, Kind
-from lrpfunc._message import Message, Multiplier, Relevance
+from lrpfunc._graph import BoundLayer, Kind, Layer
+from lrpfunc._message import Message, Multiplier, Relevance, carried
 from lrpfunc.rules._plumbing import Linear
 from lrpfunc.rules._rule import Form, Rule, batched_sum_to
 
@@ -46,8 +46,8 @@ class Gradient(Rule):
             return {"rule": (message.value * (1 - kept)).sum()}
         if layer.layer.linear:
             return Linear().absorbed(layer, message)
-        (linear,) = layer.jvp(layer.inputs)
-        return {"nonlinearity": (message.value * (layer.output - linear)).sum()}
+        (linear,) = layer.jvp(list(map(carried, layer.inputs)))
+        return {"nonlinearity": (message.value * (carried(layer.output) - linear)).sum()}
 
     def account(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         booked = self.absorbed(layer, self.formed(layer, message))
@@ -98,22 +98,26 @@ class Uniform(Rule):
     form: ClassVar[Form] = "either"
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
-        count = len(layer.inputs)
-        if self._of_sum(layer):
-            share = message.relevance(layer.output) / count
+        if self._of_sum(layer.layer):
+            share = message.relevance(layer.output) / len(layer.inputs)
             return tuple(Relevance(batched_sum_to(share, x.shape)) for x in layer.inputs)
-        return tuple(Multiplier(m) for m in layer.vjp(message.multiplier(layer.output) / count))
+        return tuple(Multiplier(m) for m in layer.vjp(message.multiplier(layer.output) / layer.layer.places))
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
-        if self._of_sum(layer):
+        if self._of_sum(layer.layer):
             return {}
         (linear,) = layer.jvp(layer.inputs)
         m = message.multiplier(layer.output)
         return {
-            "nonlinearity": (m * (layer.output - linear / len(layer.inputs))).sum(),
+            "nonlinearity": (m * (layer.output - linear / layer.layer.places)).sum(),
             "conversion": message.unconvertible(layer.output).sum(),
         }
 
+    def objection(self, layer: Layer) -> str | None:
+        if layer.linear and layer.places > 1 and not self._of_sum(layer):
+            return "Uniform serves sums and products; this layer is neither, and linear in several inputs"
+        return None
+
     @staticmethod
-    def _of_sum(layer: BoundLayer) -> bool:
-        return layer.layer.kind is Kind.SUM and layer.layer.operation not in ("sum", "nansum")
+    def _of_sum(layer: Layer) -> bool:
+        return layer.kind is Kind.SUM and layer.operation not in ("sum", "nansum")

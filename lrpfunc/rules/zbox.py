@@ -51,7 +51,7 @@ class ZBox(Rule):
     zero_params: ZeroParams = None
 
     def __post_init__(self) -> None:
-        named(self.zero_params)
+        object.__setattr__(self, "zero_params", named(self.zero_params))
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         weight, _ = kept(layer, self.zero_params)
@@ -82,15 +82,17 @@ class ZBox(Rule):
         if reason := needs_parameters(self, layer):
             return reason
         shape = layer.input_shapes[0]
+        spatial = (
+            layer.affine.weight_node.meta["val"].ndim - 2 if layer.kind is Kind.CONVOLUTION and layer.affine else 0
+        )
         for name, bound in (("low", self.low), ("high", self.high)):
-            if isinstance(bound, Tensor) and (reason := _misfit(name, tuple(bound.shape), shape, layer.kind)):
+            if reason := _misfit(name, tuple(torch.as_tensor(bound).shape), shape, spatial):
                 return reason
         return None
 
 
-def _misfit(name: str, bound: tuple[int, ...], shape: tuple[int, ...], kind: Kind) -> str | None:
-    if kind is Kind.CONVOLUTION and len(bound) == 1 and len(shape) > 2:
-        spatial = len(shape) - 2
+def _misfit(name: str, bound: tuple[int, ...], shape: tuple[int, ...], spatial: int) -> str | None:
+    if spatial and 0 < len(bound) <= spatial:
         return (
             f"the bound `{name}` has shape {bound} for an input of shape {shape}, and torch would align it with the "
             f"last axis. For one bound a channel give it shape {(*bound, *[1] * spatial)}: "
