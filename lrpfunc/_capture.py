@@ -61,13 +61,16 @@ _lock = threading.Lock()
 _inside = threading.local()
 
 
-def isolated(fn: Callable[[], T]) -> T:
-    """Runs `fn` in a fresh thread, which has none of the caller's transform levels, modes or compile state."""
+def _refuse_nested() -> None:
     if getattr(_inside, "capture", False):
         raise CaptureError(
             "the model function itself calls an lrpfunc transform that has not seen these shapes yet, and one capture "
             "cannot run inside another. Call the inner transform once with inputs of the same shapes first"
         )
+
+
+def isolated(fn: Callable[[], T]) -> T:
+    """Runs `fn` in a fresh thread, which has none of the caller's transform levels, modes or compile state."""
     result: list[T] = []
     failure: list[BaseException] = []
     autocast = [
@@ -90,10 +93,9 @@ def isolated(fn: Callable[[], T]) -> T:
             failure.append(error)
 
     context = contextvars.copy_context()
-    with _lock:
-        thread = threading.Thread(target=context.run, args=(run,), name="lrpfunc-capture")
-        thread.start()
-        thread.join()
+    thread = threading.Thread(target=context.run, args=(run,), name="lrpfunc-capture")
+    thread.start()
+    thread.join()
     if failure:
         raise failure[0]
     return result[0]
@@ -360,8 +362,12 @@ def capture(
     key = (env.key, statics.key, described, spec, has_aux, inline, *_surroundings())
     built = cache.get(key)
     if built is None:
-        trace = _capture(model_fn, leaves, spec, has_aux, inline, env)
-        built = build(trace)
-        if trace.stable:
-            cache.put(key, built)
+        _refuse_nested()
+        with _lock:
+            built = cache.get(key)  # another thread may have been first
+            if built is None:
+                trace = _capture(model_fn, leaves, spec, has_aux, inline, env)
+                built = build(trace)
+                if trace.stable:
+                    cache.put(key, built)
     return built, [leaf for leaf in leaves if isinstance(leaf, Tensor)], env.tensors

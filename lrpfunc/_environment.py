@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import dataclasses
 import dis
 import enum
 import functools
@@ -239,7 +240,9 @@ class Environment:
         hidden = ("_parameters", "_buffers", "_modules")
         for key, value in list(attributes.items()):
             parts.append((key, self._visit(value, name if key in hidden else f"{name}.{key}")))
-        return ("instance", _serial(obj), *parts)
+        # All that a frozen dataclass is stands in its fields; of another object there may be more to know.
+        frozen = dataclasses.is_dataclass(obj) and type(obj).__dataclass_params__.frozen  # pyright: ignore
+        return ("instance", None if frozen else _serial(obj), *parts)
 
 
 _CACHED = object()

@@ -112,11 +112,11 @@ def run(
     inline_functions: bool,
 ) -> Run:
     """Runs the model function once, on the arguments as they are, and assigns the rules."""
+    globs = (layers,) if isinstance(layers, str) else tuple(layers or ())
+    explained = _Explained(args, argnums, bool(globs))
     built, leaves, closed = capture(
         model_fn, args, kwargs, has_aux=has_aux, inline=inline_functions, build=_Built, cache=_cache
     )
-    globs = (layers,) if isinstance(layers, str) else tuple(layers or ())
-    explained = _Explained(args, argnums, bool(globs))
     key = (tuple(explained.positions), explained.others, globs)
     graph = built.graphs.get(key)
     if graph is None:

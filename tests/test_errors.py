@@ -145,6 +145,9 @@ def test_integer_targets_need_a_vector_or_a_matrix() -> None:
 def test_what_is_explained_must_be_floating_point() -> None:
     with pytest.raises(lrp.InputError, match=r"argument 1: it is a tensor of torch.int64.*write x.float\(\).*layers="):
         lrp.attribute(lambda w, x: F.embedding(x, w))(W, torch.tensor([1, 2]))
+    conv = lambda w, x: F.conv2d(x, w)  # noqa: E731
+    with pytest.raises(lrp.InputError, match=r"it is a tensor of torch.uint8"):
+        lrp.attribute(conv)(normal(4, 3, 2, 2), torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
     with pytest.raises(lrp.InputError, match=r"it is a tensor of torch.complex64"):
         lrp.attribute(lambda w, x: x.real)(W, torch.ones(2, dtype=torch.complex64))
     with pytest.raises(lrp.InputError, match=r"argument 1 at `b`: it is 3, which is no tensor"):

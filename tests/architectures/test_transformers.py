@@ -11,7 +11,7 @@ from tests.oracles import largest_difference
 
 
 def tiny_resnet() -> torch.nn.Module:
-    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
     return randomized(ResNetForImageClassification(config))
 
 
