@@ -14,7 +14,7 @@ from lrpfunc._errors import CaptureError
 from lrpfunc._graph import STRUCTURAL, BoundLayer, Layer
 from lrpfunc._message import Message
 from lrpfunc._operations import operation_name
-from lrpfunc._run import Argnums
+from lrpfunc._run import Argnums, Globs
 from lrpfunc._target import Contrast, OneHot, Target, start
 from lrpfunc._torch import is_wrapped
 from lrpfunc._transform import Attribution, Rules, attribute, run_forward
@@ -140,6 +140,7 @@ def explain(
     *,
     argnums: Argnums = 1,
     has_aux: bool = False,
+    layers: Globs = None,
     inline_functions: bool = False,
 ) -> Explainer:
     """What served each layer, and where its relevance went: the proof that no operation was missed.
@@ -149,6 +150,7 @@ def explain(
         rules: As for `attribute`.
         argnums: As for `attribute`.
         has_aux: As for `attribute`.
+        layers: As for `attribute`; needed where the input is made of integers, such as token ids.
         inline_functions: As for `attribute`.
 
     Returns:
@@ -167,7 +169,9 @@ def explain(
         >>> table.start, table.relevance_in, table.absorbed["bias"]
         (5.0, 4.0, 1.0)
     """
-    return Explainer(attribute(model_fn, rules, argnums=argnums, has_aux=has_aux, inline_functions=inline_functions))
+    return Explainer(
+        attribute(model_fn, rules, argnums=argnums, has_aux=has_aux, layers=layers, inline_functions=inline_functions)
+    )
 
 
 @final
@@ -181,6 +185,11 @@ class Explainer:
         _refuse_abstract((args, kwargs, target))
         with torch.no_grad():
             return _explanation(self.attribution, args, target, kwargs)
+
+
+def _number(tensor: Tensor) -> float:
+    _refuse_abstract(tensor)  # a rule or a target may hold a tensor that vmap has wrapped
+    return float(tensor)
 
 
 def _refuse_abstract(values: Any) -> None:
@@ -204,11 +213,11 @@ def _explanation(attribution: Attribution, args: Any, target: Any, kwargs: dict[
     arrived = forward.walk(messages, observe)
     leaves = pytree.tree_leaves(forward.output)
     if forward.composite.cotangent:
-        begun = sum(float((leaf * m.value).sum()) for m, leaf in zip(messages, leaves, strict=True) if m is not None)
+        begun = sum(_number((leaf * m.value).sum()) for m, leaf in zip(messages, leaves, strict=True) if m is not None)
     else:
-        begun = sum(float(m.relevance(leaf).sum()) for m, leaf in zip(messages, leaves, strict=True) if m is not None)
+        begun = sum(_number(m.relevance(leaf).sum()) for m, leaf in zip(messages, leaves, strict=True) if m is not None)
     ends = forward.graph.starts
-    reached = sum(float(arrived[n].relevance(forward.values[n]).sum()) for n in ends if n in arrived)
+    reached = sum(_number(arrived[n].relevance(forward.values[n]).sum()) for n in ends if n in arrived)
     return Explanation(tuple(rows), begun, forward.answer(arrived), reached)
 
 
@@ -222,8 +231,8 @@ def _row(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], result
     return Row(
         layer.layer,
         rule,
-        sum(float(r.sum()) for r in out),
-        sum(float(r.sum()) for r in into),
-        sum(float(r.abs().sum()) for r in (*out, *into)),
-        {cause: float(amount) for cause, amount in absorbed.items()},
+        sum(_number(r.sum()) for r in out),
+        sum(_number(r.sum()) for r in into),
+        sum(_number(r.abs().sum()) for r in (*out, *into)),
+        {cause: _number(amount) for cause, amount in absorbed.items()},
     )

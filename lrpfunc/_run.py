@@ -117,7 +117,7 @@ def run(
     built, leaves, closed = capture(
         model_fn, args, kwargs, has_aux=has_aux, inline=inline_functions, build=_Built, cache=_cache
     )
-    key = (tuple(explained.positions), explained.others, globs)
+    key = (*map(tuple, (explained.positions, explained.integers, explained.parameters)), explained.others, globs)
     graph = built.graphs.get(key)
     if graph is None:
         _name_inputs(built.program, args)

@@ -53,6 +53,12 @@ HYPERPARAMETERS = {
     "stabilizer": lambda t: lrp.epsilon_plus_flat(t, stabilizer=t),
     "norm": lambda t: lrp.Composite([(lrp.AvgPool | lrp.Sum, lrp.Norm(t))]) + lrp.epsilon(0.1),
     "beta_smooth": lambda t: lrp.Composite([(lrp.Activation, lrp.ReLUBetaSmooth(t))], cotangent=True),
+    "stabilizer_of_zplus": lambda t: with_rule(lrp.ZPlus(t)),
+    "stabilizer_of_gamma": lambda t: with_rule(lrp.Gamma(0.25, t)),
+    "stabilizer_of_alpha_beta": lambda t: with_rule(lrp.AlphaBeta(2.0, 1.0, t)),
+    "stabilizer_of_zbox": lambda t: with_rule(lrp.ZBox(-3.0, 3.0, t)),
+    "stabilizer_of_wsquare": lambda t: with_rule(lrp.WSquare(t)),
+    "stabilizer_of_flat": lambda t: with_rule(lrp.Flat(t)),
     "weight_of_rule": lambda t: with_rule(t * lrp.Epsilon(0.1) + lrp.ZPlus(0.1)),
 }
 
@@ -104,6 +110,20 @@ def test_starting_relevance_is_differentiable() -> None:
     assert (
         finite_difference_error(lambda x: scalar(case, lrp.epsilon(0.1), case.params, x, through_output), case.x) < 1e-6
     )
+
+
+def test_the_value_of_one_hot_is_differentiable() -> None:
+    case, at = smooth(), torch.tensor(0.7, dtype=torch.float64)
+    rules = lrp.epsilon_plus(0.1)
+    assert finite_difference_error(lambda v: scalar(case, rules, case.params, case.x, lrp.one_hot(1, v)), at) < 1e-6
+
+
+def test_every_parameter_by_itself() -> None:
+    """A small wrong gradient could hide among large ones."""
+    case, rules = MODELS["residual"](), COMPOSITES["epsilon_gamma_box"]
+    for name, parameter in case.params.items():
+        error = finite_difference_error(lambda p, n=name: scalar(case, rules, {**case.params, n: p}, case.x), parameter)
+        assert error < 1e-6, name
 
 
 def test_value_and_relevance_train_together() -> None:

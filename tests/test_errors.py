@@ -254,6 +254,8 @@ def test_explain_needs_numbers() -> None:
     fn = lrp.explain(linear, lrp.epsilon())
     with pytest.raises(lrp.CaptureError, match=r"explain prints numbers.*attribute\(model_fn, rules, layers='\*'\)"):
         vmap(lambda x: fn(W, x[None]))(X)
+    with pytest.raises(lrp.CaptureError, match="explain prints numbers"):
+        vmap(lambda e: lrp.explain(linear, lrp.epsilon(e))(W, X).start)(torch.ones(2))
 
 
 def test_a_raised_call_leaves_the_module_alone() -> None:

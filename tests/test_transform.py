@@ -239,6 +239,29 @@ class TestLayers:
         assert relevance is None
         expected = module.embed(ids) * module.head.weight[1] / 3
         assert largest_difference(layers["embed"], expected) < 1e-12
+        explanation = lrp.explain(model_fn, lrp.epsilon(), layers="embed")(params, ids, target=1)
+        assert abs(explanation.residual) < 1e-12
+        assert abs(explanation.relevance_in - float(explanation.relevance[1]["embed"].sum())) < 1e-12
+
+    def test_one_of_two_integer_inputs(self) -> None:
+        class Two(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.left, self.right = nn.Embedding(5, 3), nn.Embedding(5, 3)
+
+            def forward(self, a: Tensor, b: Tensor) -> Tensor:
+                return self.left(a) + 2 * self.right(b)
+
+        module = Two().double()
+        model_fn, params = lrp.from_module(module)
+        ids = torch.tensor([1, 2])
+        for argnums, name, factor in ((1, "left", 1), (2, "right", 2)):
+            fn = lrp.attribute(model_fn, [], argnums=argnums, layers=["left", "right"][argnums - 1])
+            _, layers = fn(params, ids, ids)
+            assert torch.allclose(layers[name], factor * getattr(module, name)(ids))
+        for argnums, name in ((1, "left"), (2, "right")):
+            _, layers = lrp.attribute(model_fn, [], argnums=argnums, layers="*")(params, ids, ids)
+            assert list(layers) == [name]
 
     def test_they_compose(self) -> None:
         case = MODELS["residual"]()
