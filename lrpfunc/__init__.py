@@ -10,9 +10,9 @@ from lrpfunc._errors import UncoveredLayerError as UncoveredLayerError
 from lrpfunc._explain import Explanation as Explanation
 from lrpfunc._explain import Row as Row
 from lrpfunc._explain import explain as explain
-from lrpfunc._graph import BoundLayer as BoundLayer
-from lrpfunc._graph import Kind as Kind
-from lrpfunc._graph import Layer as Layer
+from lrpfunc._layer import BoundLayer as BoundLayer
+from lrpfunc._layer import Kind as Kind
+from lrpfunc._layer import Layer as Layer
 from lrpfunc._message import Multiplier as Multiplier
 from lrpfunc._message import Relevance as Relevance
 from lrpfunc._message import Stabilizer as Stabilizer

@@ -10,11 +10,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from lrpfunc._arguments import Argnums
 from lrpfunc._errors import CaptureError
-from lrpfunc._graph import STRUCTURAL, BoundLayer, Layer
+from lrpfunc._layer import STRUCTURAL, BoundLayer, Layer
 from lrpfunc._message import Message
 from lrpfunc._operations import operation_name
-from lrpfunc._run import Argnums, Globs
+from lrpfunc._run import Globs
 from lrpfunc._target import Contrast, OneHot, Target, start
 from lrpfunc._torch import is_wrapped
 from lrpfunc._transform import Attribution, Rules, attribute, run_forward

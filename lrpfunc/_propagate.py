@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from lrpfunc._errors import RuleError, UncoveredLayerError
-from lrpfunc._graph import STRUCTURAL, BoundLayer, Graph, Kind, Layer
+from lrpfunc._graph import Graph
+from lrpfunc._layer import STRUCTURAL, BoundLayer, Kind, Layer
 from lrpfunc._message import Message, Multiplier, add
 from lrpfunc.composites import Composite
 from lrpfunc.rules import Gradient, Rule

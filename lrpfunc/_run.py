@@ -10,9 +10,11 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from lrpfunc._arguments import Argnums, Explained, path_name
 from lrpfunc._capture import Cache, Trace, capture
 from lrpfunc._errors import CaptureError, InputError, LayerNotFoundError, NoPathError
-from lrpfunc._graph import Graph, Layer, build_graph
+from lrpfunc._graph import Graph, build_graph
+from lrpfunc._layer import Layer
 from lrpfunc._message import Message, Multiplier, add
 from lrpfunc._operations import is_random
 from lrpfunc._propagate import Observer, assign, propagate
@@ -20,7 +22,6 @@ from lrpfunc._simplify import Program, functional
 from lrpfunc.composites import Composite
 from lrpfunc.rules import Rule
 
-Argnums = int | tuple[int, ...]
 Globs = str | Sequence[str] | None
 
 
@@ -113,7 +114,7 @@ def run(
 ) -> Run:
     """Runs the model function once, on the arguments as they are, and assigns the rules."""
     globs = (layers,) if isinstance(layers, str) else tuple(layers or ())
-    explained = _Explained(args, argnums, bool(globs))
+    explained = Explained(args, argnums, bool(globs))
     built, leaves, closed = capture(
         model_fn, args, kwargs, has_aux=has_aux, inline=inline_functions, build=_Built, cache=_cache
     )
@@ -129,93 +130,6 @@ def run(
     return Run(graph, composite, rules, values, selected, (graph.sources, explained.spec))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What is explained
-
-
-class _Explained:
-    """The leaves of the arguments that `argnums` names, checked.
-
-    Attributes:
-        positions: For each leaf its place among all tensor leaves, `None` for integers explained at `layers=`.
-        integers: The places of the integer leaves.
-        parameters: Whether each leaf is part of the parameters: argument 0, while others carry data.
-        others: The places of the floating-point leaves of all arguments but 0.
-    """
-
-    def __init__(self, args: tuple[Any, ...], argnums: Argnums, has_layers: bool):
-        numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-        for number in numbers:
-            if not -len(args) <= number < len(args):
-                raise InputError(
-                    f"argnums={argnums} names argument {number}, but the function was called with {len(args)} "
-                    f"positional arguments. For a function f(x) without parameters write argnums=0, and "
-                    "pass inputs by position"
-                )
-        numbers = tuple(number % len(args) for number in numbers)
-        places = self._places(args)
-        self.others = tuple(
-            place
-            for n, group in enumerate(places[1:], 1)
-            for leaf, place in group
-            if place is not None and _floating(leaf)
-        )
-        explained = tuple(args[number] for number in numbers)
-        self.spec = pytree.tree_structure(explained[0] if isinstance(argnums, int) else explained)
-        self.positions: list[int | None] = []
-        self.integers: list[int] = []
-        self.parameters: list[bool] = []
-        for number in numbers:
-            paths = [path for path, _ in pytree.tree_flatten_with_path(args[number])[0]]
-            for path, (leaf, place) in zip(paths, places[number], strict=True):
-                self._add(leaf, place, number, path_name(path), has_layers)
-
-    @staticmethod
-    def _places(args: tuple[Any, ...]) -> list[list[tuple[Any, int | None]]]:
-        """For each argument its leaves, and the place of each tensor leaf among all."""
-        count = 0
-        places = []
-        for arg in args:
-            group: list[tuple[Any, int | None]] = []
-            for leaf in pytree.tree_leaves(arg):
-                group.append((leaf, count if isinstance(leaf, Tensor) else None))
-                count += isinstance(leaf, Tensor)
-            places.append(group)
-        return places
-
-    def _add(self, leaf: Any, place: int | None, number: int, path: str, has_layers: bool) -> None:
-        where = f"argument {number}" + (f" at `{path}`" if path else "")
-        if place is not None and _floating(leaf):
-            self.positions.append(place)
-            self.parameters.append(number == 0 and bool(self.others))
-            return
-        if place is not None and not leaf.is_complex() and has_layers:
-            self.positions.append(None)
-            self.integers.append(place)
-            return
-        if place is None and leaf is None:
-            self.positions.append(None)
-            return
-        kind = f"a tensor of {leaf.dtype}" if place is not None else f"{leaf!r}, which is no tensor"
-        raise InputError(
-            f"relevance cannot be given to {where}: it is {kind}, and relevance is a floating-point number for each "
-            "element. For images write x.float(); for token ids explain the embeddings instead, "
-            "with layers='name.of.the.embedding'" + self._suggest_argnums(number)
-        )
-
-    def _suggest_argnums(self, number: int) -> str:
-        return "; to explain another argument, set argnums" if number == 1 else ""
-
-
-def _floating(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-def path_name(path: Any) -> str:
-    """The path of a leaf of a pytree, with dots: `"encoder.0.weight"`."""
-    return ".".join(str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))) for entry in path)
-
-
 def _name_inputs(program: Program, args: tuple[Any, ...]) -> None:
     """Writes the path of each parameter on its placeholder, for layers that have no module."""
     if args:
@@ -225,7 +139,7 @@ def _name_inputs(program: Program, args: tuple[Any, ...]) -> None:
             node.meta["path"] = path or None
 
 
-def _build_graph(program: Program, explained: _Explained, globs: tuple[str, ...]) -> Graph:
+def _build_graph(program: Program, explained: Explained, globs: tuple[str, ...]) -> Graph:
     _check_output(program)
     sources = [None if place is None else program.inputs[place] for place in explained.positions]
     taps = [n for n, is_tap in zip([s for s in sources if s], explained.parameters, strict=True) if is_tap]
@@ -291,26 +205,23 @@ def _matches(name: str, globs: tuple[str, ...]) -> bool:
 
 
 def _selected(graph: Graph, globs: tuple[str, ...]) -> list[tuple[str, list[fx.Node | None], Any]]:
-    selected = []
-    merged: set[fx.Node] = {n for layer in graph.layers if len(layer.nodes) > 1 for n in layer.nodes[-1:]}
-    taken: dict[tuple[fx.Node, ...], str] = {}
+    offered = [(name, leaves, spec) for name, leaves, spec in graph.entries if any(leaves)]
     for glob in globs:
-        if not any(fnmatchcase(name, glob) and any(leaves) for name, leaves, _ in graph.entries):
-            raise _not_found((glob,), [name for name, leaves, _ in graph.entries if any(leaves)])
-    for name, leaves, spec in graph.entries:
-        nodes = tuple(leaf for leaf in leaves if leaf is not None)
-        if not nodes or not _matches(name, globs):
+        if not any(fnmatchcase(name, glob) for name, _, _ in offered):
+            raise _not_found((glob,), [name for name, _, _ in offered])
+    merged = {layer.nodes[-1] for layer in graph.layers if len(layer.nodes) > 1}
+    taken: dict[fx.Node | None, str] = {}
+    selected = []
+    for name, leaves, spec in offered:
+        if not _matches(name, globs):
             continue
-        # A convolution and the batch norm merged into it have one relevance, under the first of their names.
-        if len(nodes) == 1 and nodes[0] in merged and nodes in taken and _leaf_module(name, taken[nodes]):
+        # A convolution and the batch norm merged into it have one relevance, under the first of their names; the
+        # container that ends with them has an entry of its own.
+        earlier = taken.setdefault(leaves[0], name)
+        if leaves[0] in merged and earlier != name and not earlier.startswith(f"{name}."):
             continue
-        taken.setdefault(nodes, name)
         selected.append((name, leaves, spec))
     return selected
-
-
-def _leaf_module(name: str, earlier: str) -> bool:
-    return not earlier.startswith(f"{name}.")
 
 
 def _not_found(globs: tuple[str, ...], names: list[str]) -> LayerNotFoundError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import final
 
-from lrpfunc._graph import Kind, Layer
+from lrpfunc._layer import Kind, Layer
 
 
 class Selector(abc.ABC):

@@ -8,9 +8,10 @@ from typing import Any, final
 
 import torch.utils._pytree as pytree
 
+from lrpfunc._arguments import Argnums
 from lrpfunc._equality import Description
 from lrpfunc._errors import InputError
-from lrpfunc._run import Argnums, Globs, Run, run
+from lrpfunc._run import Globs, Run, run
 from lrpfunc._target import Contrast, OneHot, Target, relevances, start
 from lrpfunc.composites import Composite, Entry, as_composite
 

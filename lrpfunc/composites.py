@@ -9,7 +9,7 @@ from typing import final
 from torch import Tensor
 
 from lrpfunc._equality import Description
-from lrpfunc._graph import Layer
+from lrpfunc._layer import Layer
 from lrpfunc._message import Stabilizer
 from lrpfunc._select import Activation, AvgPool, BatchNorm, Convolution, Dense, ReLU, Selector, Sum, first
 from lrpfunc.rules import (

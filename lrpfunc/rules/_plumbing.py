@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, fx
 
-from lrpfunc._graph import BoundLayer, Kind, Layer
+from lrpfunc._layer import BoundLayer, Kind, Layer
 from lrpfunc._message import Message, Multiplier, Relevance, carried
 from lrpfunc.rules._rule import Form, Rule, batched_sum_to
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrpfunc._equality import Description
-from lrpfunc._graph import BoundLayer, Layer
+from lrpfunc._layer import BoundLayer, Layer
 from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer, add, as_stabilizer, divide, scale
 
 Form = Literal["relevance", "multiplier", "either"]

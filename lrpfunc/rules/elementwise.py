@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from lrpfunc._graph import BoundLayer, Kind, Layer
+from lrpfunc._layer import BoundLayer, Kind, Layer
 from lrpfunc._message import Message, Multiplier, Relevance, divide
 from lrpfunc._operations import HOMOGENEOUS, ZERO_AT_ZERO
 from lrpfunc.rules._rule import Form, Rule

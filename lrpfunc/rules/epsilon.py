@@ -7,7 +7,7 @@ from typing import final
 
 from torch import Tensor
 
-from lrpfunc._graph import BoundLayer, Layer
+from lrpfunc._layer import BoundLayer, Layer
 from lrpfunc._message import Message, Multiplier, Stabilizer
 from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_linear, needs_parameters
 

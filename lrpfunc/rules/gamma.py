@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lrpfunc._graph import BoundLayer, Layer
+from lrpfunc._layer import BoundLayer, Layer
 from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer
 from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_parameters, negative, of_bias, positive
 

@@ -7,7 +7,7 @@ from typing import final
 
 from torch import Tensor
 
-from lrpfunc._graph import BoundLayer, Layer
+from lrpfunc._layer import BoundLayer, Layer
 from lrpfunc._message import Message, Stabilizer
 from lrpfunc.rules._rule import Rule, ZeroParams, named, needs_parameters
 from lrpfunc.rules.alpha_beta import AlphaBeta
