@@ -278,11 +278,6 @@ def _capture(
 ) -> Trace:
     keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-    if torch.compiler.is_exporting():
-        raise CaptureError(
-            "torch.export of a relevance function is not supported yet: its walk runs operation by operation. Call it "
-            "directly, or export what it returns"
-        )
     try:
         module, recorder, found, watch, after = isolated(
             lambda: _trace(model_fn, static, spec, has_aux, inline, keys, env.tensors)
@@ -355,6 +350,11 @@ def capture(
     Returns:
         What was built, the tensor leaves of the arguments and the tensors the function closes over.
     """
+    if torch.compiler.is_exporting():
+        raise CaptureError(
+            "torch.export of a relevance function is not supported yet: its walk runs operation by operation. Call it "
+            "directly, or export what it returns"
+        )
     leaves, spec = pytree.tree_flatten((args, kwargs))
     env = Environment(model_fn)
     statics = Environment([leaf for leaf in leaves if not isinstance(leaf, Tensor)])

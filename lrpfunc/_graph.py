@@ -74,10 +74,9 @@ def build_graph(
     merged: dict[fx.Node, Layer] = {}
     heads = _affines(program, active, on_path, kept)
     tails = {found.nodes[-1]: found for found in heads}
-    inner = {node: found for found in heads for node in found.nodes[:-1]}
+    inner = {node for found in heads for node in found.nodes[:-1]}
     known = nonnegative(program)
     sources_set = set(data) | set(taps)
-    total = sum(1 for _ in heads)
     passed = 0
     counts: Counter[str] = Counter()
     for node in program.graph.nodes:
@@ -86,7 +85,7 @@ def build_graph(
         if node.target is operator.getitem and node.args[0] in on_path:
             continue
         found = tails.get(node)
-        layer = _layer(program, node, found, active, tapped, layers, known, passed / max(total, 1), counts)
+        layer = _layer(node, found, active, tapped, layers, known, passed / max(len(heads), 1), counts)
         passed += found is not None
         layers.append(layer)
         merged.update(dict.fromkeys(layer.nodes, layer))
@@ -106,7 +105,6 @@ def _affines(program: Program, active: set[fx.Node], on_path: set[fx.Node], kept
 
 
 def _layer(
-    program: Program,
     node: fx.Node,
     found: Affine | None,
     active: set[fx.Node],
@@ -125,7 +123,7 @@ def _layer(
     first = nodes[0]
     scopes = first.meta["scopes"]
     operation = ops.operation_name(first)
-    name = scopes[-1] if scopes else _parameter_name(program, found) or operation
+    name = scopes[-1] if scopes else _parameter_name(found) or operation
     if not scopes:
         counts[name] += 1
         name = f"{name}@{counts[name] - 1}" if counts[name] > 1 else name
@@ -158,7 +156,7 @@ def _outputs(node: fx.Node) -> tuple[fx.Node | None, ...]:
     return tuple(outputs)
 
 
-def _parameter_name(program: Program, found: Affine | None) -> str | None:
+def _parameter_name(found: Affine | None) -> str | None:
     if found is None:
         return None
     node = found.weight_node

@@ -149,6 +149,13 @@ def _build_graph(program: Program, explained: Explained, globs: tuple[str, ...])
     if explained.integers:
         data += _named_nodes(program, globs, [program.inputs[place] for place in explained.integers])
     graph = build_graph(program, data, taps, sources)
+    if misread := [layer for layer in graph.layers if _takes_as_input(layer)]:
+        raise InputError(
+            "argument 0 is taken to be parameters, because another argument has floating-point tensors, but the layer"
+            f"\n\n    {misread[0]}\n\ntakes it as its input. Parameters come first: for a function of several inputs "
+            "without parameters write\n\n"
+            "    lrpfunc.attribute(lambda _, x, y: f(x, y), rules, argnums=(1, 2))(None, x, y)"
+        )
     if random := [layer for layer in graph.layers if any(map(is_random, layer.nodes))]:
         raise CaptureError(
             f"the layer\n\n    {random[0]}\n\ndraws random numbers inside, so that relevance would belong to another "
@@ -161,6 +168,13 @@ def _build_graph(program: Program, explained: Explained, globs: tuple[str, ...])
             "detach its input"
         )
     return graph
+
+
+def _takes_as_input(layer: Layer) -> bool:
+    """Whether explained parameters stand where a layer expects data, beside a weight of its own."""
+    node = layer.nodes[0]
+    has_weight = layer.operation == "linear" or layer.operation.startswith("conv")
+    return layer.is_tap and has_weight and node.args[0] in layer.inputs
 
 
 def _check_output(program: Program) -> None:

@@ -180,6 +180,35 @@ def test_no_path_from_the_input(f: Any) -> None:
         lrp.attribute(f, lrp.epsilon())(W, X)
 
 
+def test_data_where_parameters_are_expected() -> None:
+    def two_inputs(x: Tensor, y: Tensor) -> Tensor:
+        return torch.relu(F.linear(x, W)) + F.linear(y, W)
+
+    x, y = normal(2, 4), normal(2, 4, seed=1)
+    for argnums in (0, (0, 1)):
+        with pytest.raises(lrp.InputError, match=r"(?s)argument 0 is taken to be parameters.*argnums=\(1, 2\)"):
+            lrp.attribute(two_inputs, lrp.epsilon(), argnums=argnums)(x, y)
+    first, second = lrp.attribute(lambda _, x, y: two_inputs(x, y), lrp.epsilon(), argnums=(1, 2))(None, x, y)
+    assert first.shape == second.shape == x.shape
+
+
+def exported(w: Tensor, x: Tensor) -> Tensor:
+    return torch.tanh(x @ w)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_export_is_refused_warm_or_cold(warm: bool) -> None:
+    class Explained(nn.Module):
+        def forward(self, w: Tensor, x: Tensor) -> Tensor:
+            return lrp.attribute(exported, lrp.epsilon())(w, x)
+
+    x = normal(2 + warm, 3)
+    if warm:
+        Explained()(W, x)
+    with pytest.raises(lrp.CaptureError, match=r"torch.export of a relevance function is not supported yet"):
+        torch.export.export(Explained(), (W, x))
+
+
 def test_layers_that_match_nothing() -> None:
     case = MODELS["residual"]()
     with pytest.raises(lrp.LayerNotFoundError, match=r"layers='conv3' matches no layer .* The names are conv1, bn1"):

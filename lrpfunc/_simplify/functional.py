@@ -247,7 +247,7 @@ class _Functionalizer:
             self.autocast[node] = (device, dtype, True if enabled is None else enabled, cache)
         elif name == "_exit_autocast":
             self.autocast.pop(node.args[0], None)  # type: ignore[arg-type]
-        elif name == "batch_norm" or name in ("native_batch_norm", "_native_batch_norm_legit"):
+        elif name in ("batch_norm", "native_batch_norm", "_native_batch_norm_legit"):
             self._batch_norm(node)
         elif name == "instance_norm" and node.args[3] is not None and node.args[5]:
             self._refuse(node.args[3])  # type: ignore[arg-type]
@@ -361,11 +361,7 @@ class _Functionalizer:
         for index, old in enumerate(node.args[3:5]):
             if isinstance(old, fx.Node):
                 like = old.meta["val"]
-                self.write(old, self.emit(_item, (statistics, index), None, like))
-
-
-def _item(values: Any, index: int) -> Any:
-    return values[index]
+                self.write(old, self.emit(operator.getitem, (statistics, index), None, like))
 
 
 def functional(trace: Trace) -> Program:
