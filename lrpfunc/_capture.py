@@ -367,7 +367,7 @@ def capture(
             built = cache.get(key)  # another thread may have been first
             if built is None:
                 trace = _capture(model_fn, leaves, spec, has_aux, inline, env)
-                built = build(trace)
+                built = isolated(lambda: build(trace))
                 if trace.stable:
                     cache.put(key, built)
     return built, [leaf for leaf in leaves if isinstance(leaf, Tensor)], env.tensors

@@ -114,7 +114,8 @@ def _line(row: Row) -> tuple[str, ...]:
     name = type(row.rule).__name__
     rule = f"{name} (exact)" if name in ("Linear", "Select", "Scale") else repr(row.rule)
     out = _shape(row.layer.output_shape)
-    operation = " + ".join([row.layer.operation, *(_follower(node) for node in row.layer.nodes[1:])])
+    followers = row.layer.nodes[1:] if row.layer.affine is not None else ()
+    operation = " + ".join([row.layer.operation, *map(_follower, followers)])
     return (
         row.layer.name,
         operation,
@@ -206,7 +207,9 @@ def _explanation(attribution: Attribution, args: Any, target: Any, kwargs: dict[
     forward = run_forward(attribution, args, kwargs)
     rows: list[Row] = []
 
-    def observe(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], results: tuple[Message, ...]) -> None:
+    def observe(
+        layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], results: tuple[Message | None, ...]
+    ) -> None:
         if not layer.layer.is_tap:
             rows.append(_row(layer, rule, messages, results))
 
@@ -222,9 +225,9 @@ def _explanation(attribution: Attribution, args: Any, target: Any, kwargs: dict[
     return Explanation(tuple(rows), begun, forward.answer(arrived), reached)
 
 
-def _row(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], results: tuple[Message, ...]) -> Row:
+def _row(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], results: tuple[Message | None, ...]) -> Row:
     out = [message.relevance(layer.values[node]) for node, message in messages.items()]
-    into = [message.relevance(x) for message, x in zip(results, layer.inputs, strict=True)]
+    into = [m.relevance(x) for m, x in zip(results, layer.inputs, strict=True) if m is not None]
     if len(layer.layer.outputs) == 1:
         absorbed = rule.account(layer, messages[layer.layer.output])
     else:

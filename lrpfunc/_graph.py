@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from lrpfunc import _operations as ops
-from lrpfunc._kinds import is_float, kind_of, nonnegative
-from lrpfunc._layer import Layer
-from lrpfunc._simplify import Affine, Program, merge
+from lrpfunc._kinds import Nature, keeps_zero, nature_of, nonnegative
+from lrpfunc._layer import Kind, Layer, Role
+from lrpfunc._patterns import Reached, Tile, activation, normalization, softmax
+from lrpfunc._patterns.roles import Roles
+from lrpfunc._simplify import Affine, Program, is_float, merge
 from lrpfunc._simplify.merge import affine
 
 
@@ -45,104 +47,162 @@ def _reached(program: Program, seeds: Iterable[fx.Node]) -> set[fx.Node]:
     for node in program.graph.nodes:
         if node.op != "call_function" or node.meta["no_grad"] or not is_float(node):
             continue
-        if ops.operation_name(node) not in ops.UNDIFFERENTIABLE and any(n in reached for n in node.all_input_nodes):
+        # A gate that modulates a constant carries nothing.
+        operands = [node.meta["signal"]] if "signal" in node.meta else node.all_input_nodes
+        if ops.operation_name(node) not in ops.UNDIFFERENTIABLE and any(n in reached for n in operands):
             reached.add(node)
     return reached
-
-
-def _leading_to(outputs: Iterable[fx.Node], reached: set[fx.Node]) -> set[fx.Node]:
-    """The nodes among `reached` from which a path through such nodes leads to an output."""
-    leading: set[fx.Node] = set()
-    pending = [node for node in outputs if node in reached]
-    while pending:
-        node = pending.pop()
-        if node not in leading:
-            leading.add(node)
-            pending.extend(n for n in node.all_input_nodes if n in reached)
-    return leading
 
 
 def build_graph(
     program: Program, data: Sequence[fx.Node], taps: Sequence[fx.Node], sources: list[fx.Node | None]
 ) -> Graph:
     """The layers that depend on `data`, or on parameters that are explained themselves, the `taps`."""
-    active = _reached(program, data)
-    tapped = _reached(program, taps) - active
-    on_path = _leading_to(program.outputs, active | tapped)
-    kept = set(program.outputs)
-    layers: list[Layer] = []
-    merged: dict[fx.Node, Layer] = {}
-    heads = _affines(program, active, on_path, kept)
-    tails = {found.nodes[-1]: found for found in heads}
-    inner = {node for found in heads for node in found.nodes[:-1]}
-    known = nonnegative(program)
-    sources_set = set(data) | set(taps)
-    passed = 0
-    counts: Counter[str] = Counter()
-    for node in program.graph.nodes:
-        if node not in on_path or node in sources_set or node in inner or node.op != "call_function":
-            continue
-        if node.target is operator.getitem and node.args[0] in on_path:
-            continue
-        found = tails.get(node)
-        layer = _layer(node, found, active, tapped, layers, known, passed / max(len(heads), 1), counts)
-        passed += found is not None
-        layers.append(layer)
-        merged.update(dict.fromkeys(layer.nodes, layer))
+    cover = _Cover(program, set(data), set(taps))
+    layers = cover.layers()
     return Graph(
         program,
         sources,
-        on_path,
+        cover.needed,
         list(dict.fromkeys(data)),
         layers,
-        _entries(program, layers, merged, active & on_path),
+        _entries(program, layers, cover.needed & cover.active),
     )
 
 
-def _affines(program: Program, active: set[fx.Node], on_path: set[fx.Node], kept: set[fx.Node]) -> list[Affine]:
-    found = (affine(node, active) for node in program.graph.nodes if node in active & on_path)
-    return [merge(a, active, kept) for a in found if a is not None]
+class _Cover:
+    """Covers the nodes between the explained input and the output with layers.
+
+    It goes back from the outputs: whatever pattern ends at a node that is needed is one layer, and needs its inputs. A
+    node inside one layer may be needed by another, and is then a layer of its own, too.
+
+    Attributes:
+        active: The nodes that depend on the data.
+        tapped: Those that depend on explained parameters alone.
+        needed: The nodes to which relevance comes.
+    """
+
+    def __init__(self, program: Program, data: set[fx.Node], taps: set[fx.Node]):
+        self._program = program
+        self._sources = data | taps
+        self.active = _reached(program, data)
+        self.tapped = _reached(program, taps) - self.active
+        self._reached = Reached(program.graph.nodes, self.active, self._sources)
+        self._affines = self._merged_affines()
+        self._tiles: dict[fx.Node, Tile | None] = {}
+        self._roles = Roles(self._reached, self._tile, self._is_affine)
+        self._nonnegative = nonnegative(program)
+        self.needed: set[fx.Node] = {node for node in program.outputs if node in self.active | self.tapped}
+
+    def layers(self) -> list[Layer]:
+        ends = list(self._ends())[::-1]
+        count = max(sum(node in self._affines for node in ends), 1)
+        names: Counter[str] = Counter()
+        layers: list[Layer] = []
+        passed = 0
+        for node in ends:
+            layers.append(self._layer(node, layers, passed / count, names))
+            passed += node in self._affines
+        return layers
+
+    def _ends(self) -> Iterator[fx.Node]:
+        """The last nodes of the layers, from the output to the input."""
+        for node in reversed(self._program.graph.nodes):
+            if node not in self.needed or node in self._sources or node.op != "call_function":
+                continue
+            if node.target is operator.getitem:
+                self.needed.add(node.args[0])
+                continue
+            _, inputs, taps = self._operands(node)
+            self.needed.update(inputs, taps)
+            yield node
+
+    def _operands(self, node: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+        """The nodes of the layer that ends at `node`, its inputs, and the explained parameters that it uses."""
+        found, tile = self._affines.get(node), self._tile(node)
+        nodes = found.nodes if found is not None else tile.nodes if tile is not None else (node,)
+        operands = tuple(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in nodes and is_float(o)))
+        if node in self.tapped:
+            return nodes, tuple(o for o in operands if o in self.tapped), ()
+        inputs = tile.inputs if tile is not None else tuple(o for o in operands if o in self.active)
+        return nodes, inputs, tuple(o for o in operands if o in self.tapped)
+
+    # -- patterns
+
+    def _merged_affines(self) -> dict[fx.Node, Affine]:
+        kept = set(self._program.outputs)
+        found = (affine(node, self.active) for node in self._program.graph.nodes if self._reached.is_step(node))
+        merged = (merge(a, self.active, kept) for a in found if a is not None)
+        return {a.nodes[-1]: a for a in merged}
+
+    def _is_affine(self, node: fx.Node) -> bool:
+        return node in self._affines
+
+    def _tile(self, node: fx.Node) -> Tile | None:
+        if node not in self._tiles:
+            self._tiles[node] = self._match(node) if self._reached.is_step(node) else None
+        return self._tiles[node]
+
+    def _match(self, node: fx.Node) -> Tile | None:
+        if node in self._affines or not isinstance(node.meta.get("val"), Tensor) or "signal" in node.meta:
+            return None
+        patterns = (softmax, normalization, activation)
+        return next((tile for pattern in patterns if (tile := pattern(node, self._reached))), None)
+
+    # -- layers
+
+    def _layer(self, node: fx.Node, siblings: list[Layer], depth: float, counts: Counter[str]) -> Layer:
+        nodes, inputs, taps = self._operands(node)
+        found, tile = self._affines.get(node), self._tile(node)
+        if found is not None:
+            nature = Nature(Kind.CONVOLUTION if found.convolution else Kind.DENSE, linear=True)
+        elif tile is not None:
+            nature = Nature(tile.kind, axes=tile.axes)
+        else:
+            nature = nature_of(node, inputs)
+        role, signals = self._role(node, nature, inputs)
+        scopes = nodes[0].meta["scopes"]
+        operation = ops.operation_name(nodes[0]) if tile is None else tile.operation
+        return Layer(
+            kind=nature.kind,
+            name=scopes[-1] if scopes else _numbered(_parameter_name(found) or operation, counts),
+            operation=operation,
+            modules=tuple(scopes),
+            depth=depth,
+            linear=nature.linear,
+            nonnegative=all(n in self._nonnegative for n in inputs),
+            siblings=siblings,
+            nodes=nodes,
+            inputs=inputs,
+            taps=taps,
+            outputs=_outputs(node),
+            affine=found,
+            role=role,
+            signals=signals,
+            shares=nature.shares,
+            axes=nature.axes,
+            keeps_zero=nature.kind is Kind.ACTIVATION and len(inputs) == 1 and keeps_zero(nodes, inputs[0]),
+            is_tap=node in self.tapped,
+        )
+
+    def _role(self, node: fx.Node, nature: Nature, inputs: tuple[fx.Node, ...]) -> tuple[Role, tuple[fx.Node, ...]]:
+        if nature.kind in (Kind.NORMALIZATION, Kind.BATCH_NORM):
+            return Role.NONE, inputs
+        if nature.kind is Kind.ATTENTION:
+            value: Any = node.args[2]
+            return Role.NONE, (value,) if value in inputs else ()
+        if nature.kind is Kind.QUOTIENT:
+            return Role.NONE, tuple(n for n in inputs if n is not node.args[1])
+        if nature.kind is not Kind.PRODUCT or node in self.tapped:
+            return Role.NONE, ()
+        added = [n for n, share in zip(inputs, nature.shares, strict=True) if share == 1]
+        role, signals = self._roles.of(node, [n for n in inputs if n not in added])
+        return role, (*signals, *added) if signals else ()
 
 
-def _layer(
-    node: fx.Node,
-    found: Affine | None,
-    active: set[fx.Node],
-    tapped: set[fx.Node],
-    siblings: list[Layer],
-    known: set[fx.Node],
-    depth: float,
-    counts: Counter[str],
-) -> Layer:
-    nodes = (node,) if found is None else found.nodes
-    operands = dict.fromkeys(operand for n in nodes for operand in n.all_input_nodes if operand not in nodes)
-    is_tap = node in tapped
-    inputs = tuple(n for n in operands if n in (tapped if is_tap else active) and is_float(n))
-    taps = () if is_tap else tuple(n for n in operands if n in tapped and is_float(n))
-    kind, linear = kind_of(node, found, inputs)
-    first = nodes[0]
-    scopes = first.meta["scopes"]
-    operation = ops.operation_name(first)
-    name = scopes[-1] if scopes else _parameter_name(found) or operation
-    if not scopes:
-        counts[name] += 1
-        name = f"{name}@{counts[name] - 1}" if counts[name] > 1 else name
-    return Layer(
-        kind=kind,
-        name=name,
-        operation=operation,
-        modules=tuple(scopes),
-        depth=depth,
-        linear=linear,
-        nonnegative=all(n in known for n in inputs),
-        siblings=siblings,
-        nodes=nodes,
-        inputs=inputs,
-        taps=taps,
-        outputs=_outputs(node),
-        affine=found,
-        is_tap=is_tap,
-    )
+def _numbered(name: str, counts: Counter[str]) -> str:
+    counts[name] += 1
+    return f"{name}@{counts[name] - 1}" if counts[name] > 1 else name
 
 
 def _outputs(node: fx.Node) -> tuple[fx.Node | None, ...]:
@@ -170,13 +230,20 @@ def _parameter_name(found: Affine | None) -> str | None:
 
 
 def _entries(
-    program: Program, layers: list[Layer], merged: dict[fx.Node, Layer], active: set[fx.Node]
+    program: Program, layers: list[Layer], needed: set[fx.Node]
 ) -> list[tuple[str, list[fx.Node | None], Any]]:
+    # Inside a merged layer, or an activation of several operations, there is no relevance but at its end.
+    ends = {
+        node: layer.output
+        for layer in layers
+        if len(layer.nodes) > 1 and (layer.affine is not None or layer.kind is Kind.ACTIVATION)
+        for node in layer.nodes
+    }
+
     def place(node: fx.Node | None) -> fx.Node | None:
-        if node is None or node not in active:
-            return None
-        # Inside a merged layer there is no relevance but at its end.
-        return merged[node].outputs[0] if node in merged and len(merged[node].nodes) > 1 else node
+        if node is None or node in needed:
+            return node
+        return ends.get(node)
 
     if program.modules:
         return [(name, [place(leaf) for leaf in leaves], spec) for name, leaves, spec in program.modules]

@@ -13,8 +13,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from lrpfunc import _operations as ops
+from lrpfunc._normalized import HELD
 from lrpfunc._simplify import Affine
-from lrpfunc._torch import jvp, map_arg, vjp
+from lrpfunc._torch import is_differentiated, jvp, map_arg, vjp
 
 
 class Kind(enum.StrEnum):
@@ -30,9 +31,23 @@ class Kind(enum.StrEnum):
     WINNER = "Winner"
     BATCH_NORM = "BatchNorm"
     ACTIVATION = "Activation"
+    SOFTMAX = "Softmax"
     PRODUCT = "Product"
+    QUOTIENT = "Quotient"
+    ATTENTION = "Attention"
     NORMALIZATION = "Normalization"
+    STATISTIC = "Statistic"
     NON_LINEAR = "Non-linear"
+
+
+class Role(enum.StrEnum):
+    """What a product is for, told by where its operands come from."""
+
+    NONE = ""
+    GATE = "Gate"
+    ROUTER = "Router"
+    RECURRENT = "Recurrent"
+    SCAN = "Scan"
 
 
 STRUCTURAL = frozenset({Kind.SELECT, Kind.WINNER, Kind.SCALE})
@@ -55,6 +70,12 @@ class Layer:
         linear: Whether the layer is affine in its inputs, so that it needs no rule.
         nonnegative: Whether the input is known to be non-negative.
         siblings: All layers on a path from the explained input to the output, in order of execution.
+        role: What a product is for.
+        signals: The inputs that carry the signal, where others modulate it: the value beside attention weights, what
+            a gate lets through. Empty where that cannot be told.
+        shares: What each input of a product, quotient, statistic or attention counts for when all operands share.
+        axes: The axes that a softmax sums over.
+        keeps_zero: Whether an activation is 0 at 0, and has a derivative there.
     """
 
     kind: Kind
@@ -70,6 +91,11 @@ class Layer:
     taps: tuple[fx.Node, ...]
     outputs: tuple[fx.Node | None, ...]
     affine: Affine | None
+    role: Role = Role.NONE
+    signals: tuple[fx.Node, ...] = ()
+    shares: tuple[float, ...] = ()
+    axes: tuple[int, ...] = ()
+    keeps_zero: bool = False
     is_tap: bool = False
 
     @property
@@ -144,8 +170,8 @@ class BoundLayer:
         x = torch.zeros_like(self.input)
         return self.affine(x, torch.zeros_like(self.parameters[0]), bias)
 
-    def function(self, wrt: Sequence[fx.Node]) -> Callable[..., Any]:
-        """The layer as a function of some of its operands."""
+    def function(self, wrt: Sequence[fx.Node], *, exact: bool = False) -> Callable[..., Any]:
+        """The layer as a function of some of its operands, `exact` if its VJP has derivatives of its own."""
 
         def evaluate(*tensors: Tensor) -> Any:
             inner: dict[fx.Node, Any] = dict(zip(wrt, tensors, strict=True))
@@ -155,23 +181,46 @@ class BoundLayer:
 
             for node in self.layer.nodes:
                 args, kwargs = map_arg((node.args, node.kwargs), read)
-                inner[node] = ops.call(node, args, kwargs, walking=True)
-            result = inner[self.layer.nodes[-1]]
-            if isinstance(result, Tensor):
-                return result
-            return tuple(result[i] for i, node in enumerate(self.layer.outputs) if node is not None)
+                inner[node] = ops.call(node, args, kwargs, walking=True, exact=exact)
+            return self._outputs(inner[self.layer.nodes[-1]])
 
         return evaluate
+
+    def signal_function(self, *, exact: bool = False) -> Callable[..., Any]:
+        """The layer as an affine function of its signals: statistics, gates and attention weights are held constant."""
+        node = self.layer.nodes[-1]
+        held = HELD.get(ops.operation_name(node))
+        if held is None or len(self.layer.nodes) > 1:
+            return self.function(self.layer.signals, exact=exact)
+        args, kwargs = map_arg((node.args, node.kwargs), self.values.__getitem__)
+        return lambda x: self._outputs(held(x, *args, **kwargs))
+
+    def _outputs(self, result: Any) -> Any:
+        if isinstance(result, Tensor):
+            return result
+        return tuple(result[i] for i, node in enumerate(self.layer.outputs) if node is not None)
 
     def vjp(self, *cotangents: Tensor, wrt: Sequence[fx.Node] | None = None) -> tuple[Tensor, ...]:
         """The plain VJP, with respect to the inputs unless told otherwise."""
         wrt = self.layer.inputs if wrt is None else wrt
-        output, pullback = vjp(self.function(wrt), *(self.values[node] for node in wrt))
+        return self._pull(self.function(wrt, exact=any(map(is_differentiated, cotangents))), wrt, cotangents)
+
+    def signal_vjp(self, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        """The VJP of `signal_function`, one an input; `None` for inputs that are no signal."""
+        signals = self.layer.signals
+        function = self.signal_function(exact=any(map(is_differentiated, cotangents)))
+        pulled = dict(zip(signals, self._pull(function, signals, cotangents), strict=True))
+        return tuple(pulled.get(node) for node in self.layer.inputs)
+
+    def _pull(
+        self, function: Callable[..., Any], wrt: Sequence[fx.Node], cotangents: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        output, pullback = vjp(function, *(self.values[node] for node in wrt))
         return pullback(cotangents[0] if isinstance(output, Tensor) else tuple(cotangents))
 
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The derivative in a direction, one tensor an output."""
-        tangent = jvp(self.function(self.layer.inputs), self.inputs, tuple(tangents))
+        tangent = jvp(self.function(self.layer.inputs, exact=True), self.inputs, tuple(tangents))
         return (tangent,) if isinstance(tangent, Tensor) else tangent
 
     def at_zero(self) -> Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from lrpfunc._torch import is_wrapped, vjp
+from lrpfunc._torch import beyond_first_derivative, is_differentiated, vjp
 
 aten = torch.ops.aten
 
@@ -106,13 +107,6 @@ def batch_norm_scale(
     return scale, shift if bias is None else shift + bias
 
 
-def _differentiated(tensor: Tensor) -> bool:
-    """Whether somebody may take derivatives with respect to `tensor`, by torch.func or by autograd."""
-    if is_wrapped(tensor) or tensor.requires_grad:
-        return True
-    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
-
-
 def batch_norm_eval(
     x: Tensor,
     weight: Tensor | None,
@@ -122,7 +116,7 @@ def batch_norm_eval(
     eps: float,
 ) -> Tensor:
     """Torch's own batch norm, to the bit, unless somebody differentiates its statistics, which torch's cannot."""
-    if _differentiated(running_mean) or _differentiated(running_var):
+    if is_differentiated(running_mean) or is_differentiated(running_var):
         return batch_norm_affine(x, weight, bias, running_mean, running_var, eps)
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
@@ -134,6 +128,49 @@ def batch_norm_train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
 def hardsigmoid(x: Tensor) -> Tensor:
     """Bitwise torch's own, whose backward has no derivative."""
     return torch.clamp(x + 3, 0, 6) / 6
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Torch's own, to the bit, unless derivatives are taken that its fused kernels do not have."""
+    operands = [t for t in (query, key, value, attn_mask) if t is not None]
+    attend = attention_written_out if any(map(beyond_first_derivative, operands)) else aten.scaled_dot_product_attention
+    return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def attention_written_out(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Attention by matrix products and a softmax, which has every derivative and batching rule."""
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, *args, **kwargs)[0]
+
+
+def fused(target: Any, *args: Any, **kwargs: Any) -> Any:
+    """The outputs of an operation that is also written out, or `None` where only the latter has the derivatives."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return None if any(map(beyond_first_derivative, tensors)) else target(*args, **kwargs)
+
+
+def as_computed(written: Tensor, outputs: Any, index: int) -> Tensor:
+    """An output of a fused operation, to the bit; to relevance it is what was written out."""
+    if outputs is None:
+        return written
+    return outputs if isinstance(outputs, Tensor) else outputs[index]
+
+
+def written_out(written: Tensor, outputs: Any, index: int) -> Tensor:
+    return written
 
 
 def _chosen(written: Tensor, base: Tensor, values: Tensor) -> Tensor:
@@ -165,14 +202,29 @@ def index_copy_winners(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Te
     return _chosen(written, x, source)
 
 
-REWRITTEN: dict[Any, Any] = {aten.hardsigmoid.default: hardsigmoid}
+REWRITTEN: dict[Any, Any] = {
+    aten.hardsigmoid.default: hardsigmoid,
+    aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
+}
+SHAPED_LIKE: dict[str, tuple[Any, Any]] = {
+    "expand_as": (aten.expand.default, lambda like: list(like.shape)),
+    "view_as": (aten.view.default, lambda like: list(like.shape)),
+    "reshape_as": (aten.reshape.default, lambda like: list(like.shape)),
+    "type_as": (aten.to.dtype, lambda like: like.dtype),
+}
+"""Operations of two tensors that read one only for its shape or dtype, as operations of the other."""
+
 IN_WALK: dict[Any, Any] = {
+    as_computed: written_out,
     batch_norm_eval: batch_norm_affine,
     aten.index_put.default: index_put_winners,
     aten.scatter.src: scatter_winners,
     aten.index_copy.default: index_copy_winners,
 }
 """What the walk backwards evaluates in place of an operation of the forward pass."""
+
+EXACT: dict[Any, Any] = {scaled_dot_product_attention: attention_written_out}
+"""What it evaluates if the VJP will be differentiated with respect to its cotangent, or vmapped over it."""
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -189,9 +241,11 @@ def _surroundings(node: fx.Node) -> Iterator[None]:
         yield
 
 
-def call(node: fx.Node, args: Any, kwargs: Any, *, walking: bool = False) -> Any:
+def call(node: fx.Node, args: Any, kwargs: Any, *, walking: bool = False, exact: bool = False) -> Any:
     """Calls a node's operation, under the grad mode and autocast it was written under."""
     target: Any = IN_WALK.get(node.target, node.target) if walking else node.target
+    if exact:
+        target = EXACT.get(target, target)
     if node.meta.get("no_grad") or node.meta.get("autocast"):
         with _surroundings(node):
             return target(*args, **kwargs)
@@ -219,11 +273,11 @@ def is_random(node: fx.Node) -> bool:
 # Families of operations
 
 
-def _names(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-SELECT = _names(
+SELECT = names(
     """view reshape _unsafe_view _reshape_alias flatten unflatten squeeze unsqueeze transpose permute t movedim moveaxis
     swapaxes swapdims adjoint mT expand expand_as broadcast_to contiguous clone alias to _to_copy type_as slice select
     narrow split split_with_sizes chunk unbind tensor_split hsplit vsplit dsplit cat concat concatenate stack hstack
@@ -234,21 +288,21 @@ SELECT = _names(
     diagonal_scatter scatter index_put atleast_1d atleast_2d atleast_3d ravel squeeze_copy lift_fresh_copy detach_copy
     overwrite copied view_as reshape_as float double half bfloat16 cuda cpu meshgrid embedding index_copy index_fill
     native_channel_shuffle view_copy expand_copy permute_copy numpy_T mH H matrix_H positive resolve_conj resolve_neg
-    unsafe_split unsafe_chunk narrow_copy select_copy slice_copy"""
+    unsafe_split unsafe_chunk narrow_copy select_copy slice_copy nan_to_num as_computed"""
 )
 """Each element of the output is an element of an input, or a constant."""
 
-WINNER = _names(
+WINNER = names(
     """max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
     adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d
     amax amin max min topk sort msort kthvalue mode maximum minimum fmax fmin"""
 )
 """Each element of the output is the element of an input that won a comparison."""
 
-SCALE = _names("mul div divide multiply true_divide neg negative")
+SCALE = names("mul div divide multiply true_divide neg negative")
 """Scaling by what does not depend on the explained input."""
 
-LINEAR = _names(
+LINEAR = names(
     """sum cumsum add sub subtract rsub upsample_nearest1d upsample_nearest2d upsample_nearest3d
     _upsample_nearest_exact1d
     _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
@@ -257,48 +311,63 @@ LINEAR = _names(
 )
 """Linear, or affine, in the operand that depends on the explained input."""
 
-AVERAGE = _names(
+AVERAGE = names(
     """avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
     _adaptive_avg_pool2d _adaptive_avg_pool3d mean"""
 )
 
-ACTIVATION = _names(
+ACTIVATION = names(
     """relu relu6 leaky_relu prelu _prelu_kernel rrelu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish
-    hardsigmoid hardshrink softshrink softplus log_sigmoid threshold clamp clamp_min clamp_max clip logit"""
+    hardsigmoid hardshrink softshrink softplus log_sigmoid threshold clamp clamp_min clamp_max clip logit
+    exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square pow float_power abs absolute erf erfc erfinv
+    sin cos tan asin acos atan arcsin arccos arctan sinh cosh asinh acosh atanh arcsinh arccosh arctanh sinc i0
+    special_expit special_erf special_erfc special_expm1 special_log1p special_ndtr special_log_ndtr xlogy
+    lgamma digamma fmod remainder hypot atan2 arctan2 copysign logaddexp logaddexp2 ldexp"""
 )
-"""Pointwise non-linearities that networks use as activations."""
+"""Functions of each element by itself that are not linear."""
 
-ZERO_AT_ZERO = _names(
-    "relu relu6 leaky_relu prelu _prelu_kernel rrelu elu selu celu gelu silu mish tanh hardswish hardshrink softshrink"
+ZERO_AT_ZERO = names(
+    """relu relu6 leaky_relu prelu _prelu_kernel rrelu elu selu celu gelu silu mish tanh hardswish hardshrink
+    softshrink expm1 log1p square erf sin tan asin atan sinh asinh atanh abs absolute"""
 )
-"""Activations with `f(0) = 0`, whatever their parameters."""
+"""Those with `f(0) = 0` and a derivative there, whatever their parameters."""
 
-HOMOGENEOUS = _names("relu leaky_relu prelu _prelu_kernel")
+HOMOGENEOUS = names("relu leaky_relu prelu _prelu_kernel")
 """Activations with `f(x) = f'(x) x`, so that passing relevance on is the plain VJP of the multiplier."""
 
-MULTILINEAR = _names(
-    """linear addmm baddbmm addmv mm bmm mv dot inner outer matmul tensordot kron vdot einsum bilinear _trilinear
-    addcmul conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"""
+SOFTMAX = names("softmax _softmax _safe_softmax log_softmax _log_softmax logsumexp")
+"""Functions of the exponentials along one or several axes."""
+
+STATISTIC = {"std": 1, "norm": 1, "linalg_vector_norm": 1, "linalg_norm": 1, "var": 2}
+"""Reductions to a norm, and their degree: `f(c x) = c^k f(x)` for `c > 0`."""
+
+MULTILINEAR = names(
+    """linear _grouped_mm grouped_mm addmm baddbmm addmv mm bmm mv dot inner outer matmul tensordot kron vdot einsum
+    bilinear _trilinear addcmul conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution
+    _convolution"""
 )
 """Linear in each operand, so that they are products where several depend on the explained input."""
 
-NORMALIZATION = _names(
+NORMALIZATION = names(
     """layer_norm native_layer_norm group_norm native_group_norm instance_norm rms_norm _fused_rms_norm
-    local_response_norm batch_norm_train batch_norm native_batch_norm _native_batch_norm_legit"""
+    batch_norm_train batch_norm_eval"""
 )
 
-UNDIFFERENTIABLE = _names(
+UNDIFFERENTIABLE = names(
     """detach sign sgn round floor ceil trunc floor_divide
-    zeros_like ones_like full_like empty_like rand_like randn_like
+    fused zeros_like ones_like full_like empty_like rand_like randn_like
     new_zeros new_ones new_full new_empty bernoulli argmax argmin heaviside zeroed dropout_mask batch_statistics
     lift_fresh"""
 )
 """Operations no relevance passes through: their derivative is zero everywhere."""
 
-POSITIVE = _names("relu relu6 sigmoid softmax _softmax exp square abs hardsigmoid sqrt dropout_mask")
+POSITIVE = names(
+    """relu relu6 sigmoid softmax _softmax _safe_softmax exp exp2 square abs absolute hardsigmoid sqrt rsqrt
+    dropout_mask std var norm linalg_vector_norm"""
+)
 """Their result is never negative."""
 
-KEEPS_SIGN = _names(
+KEEPS_SIGN = names(
     """view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose permute t movedim expand expand_as
     contiguous clone alias detach to _to_copy slice select narrow split split_with_sizes chunk unbind getitem
     index index_select gather flip roll repeat repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle

@@ -11,11 +11,11 @@ from lrpfunc._errors import RuleError, UncoveredLayerError
 from lrpfunc._graph import Graph
 from lrpfunc._layer import STRUCTURAL, BoundLayer, Kind, Layer
 from lrpfunc._message import Message, Multiplier, add
-from lrpfunc.composites import Composite
+from lrpfunc.composites import Composite, attn_lrp
 from lrpfunc.rules import Gradient, Rule
 from lrpfunc.rules._plumbing import default_rule, several
 
-Observer = Callable[[BoundLayer, Rule, dict[fx.Node, Message], tuple[Message, ...]], None]
+Observer = Callable[[BoundLayer, Rule, dict[fx.Node, Message], tuple[Message | None, ...]], None]
 
 
 def assign(graph: Graph, composite: Composite) -> dict[Layer, Rule]:
@@ -45,8 +45,8 @@ def assign(graph: Graph, composite: Composite) -> dict[Layer, Rule]:
 
 
 def _objection(rule: Rule, layer: Layer) -> str | None:
-    if len(layer.outputs) > 1 and not isinstance(rule, Gradient):
-        return "the operation has several outputs, and rules but Gradient serve layers with one"
+    if len(layer.outputs) > 1 and type(rule).pull is Rule.pull:
+        return "the operation has several outputs, and the rule has no `pull` for them, as lrpfunc.Gradient() has"
     return rule.objection(layer)
 
 
@@ -79,7 +79,8 @@ def propagate(
             observe(bound, rules[layer], messages, results)
         # A parameter that is explained taps the layer: it takes nothing from what goes on to the inputs.
         for node, message in (*zip(layer.inputs, results, strict=True), *_tapped(bound, messages)):
-            arriving.setdefault(node, []).append(message)
+            if message is not None:
+                arriving.setdefault(node, []).append(message)
     collect(list(arriving))
     return arrived
 
@@ -100,12 +101,6 @@ def _multiplier(layer: BoundLayer, node: fx.Node, messages: dict[fx.Node, Messag
 # --------------------------------------------------------------------------------------------------------------
 # Errors
 
-_SUGGESTIONS = {
-    Kind.ACTIVATION: "(lrp.Activation, lrp.Pass())",
-    Kind.BATCH_NORM: "(lrp.BatchNorm, lrp.Pass())",
-    Kind.PRODUCT: "(lrp.operation({!r}), lrp.Uniform())",
-}
-
 
 def _uncovered(layers: list[Layer]) -> UncoveredLayerError:
     columns = [
@@ -114,16 +109,23 @@ def _uncovered(layers: list[Layer]) -> UncoveredLayerError:
     ]
     widths = [max(len(row[i]) for row in columns) for i in (0, 1)]
     table = "\n".join(f"    {n:<{widths[0]}}   {o:<{widths[1]}}   {shapes}" for n, o, shapes in columns)
-    entries = dict.fromkeys(
-        _SUGGESTIONS.get(layer.kind, "(lrp.operation({!r}), lrp.Gradient())").format(layer.operation)
-        for layer in layers
-    )
     verb = "is" if len(layers) == 1 else "are"
     return UncoveredLayerError(
         f"{_counted(len(layers), 'layer')} {verb} not linear and no rule covers {'it' if verb == 'is' else 'them'}:\n\n"
         f"{table}\n\nRelevance would be lost or invented there. Add rules in front of yours, for example\n\n"
-        f"    rules = [{', '.join(entries)}] + rules"
+        f"    rules = {_covering(layers)} + rules"
     )
+
+
+def _covering(layers: list[Layer]) -> str:
+    """What to put in front of the rules."""
+    if all(layer.kind is Kind.ACTIVATION for layer in layers):
+        return "[(lrp.Activation, lrp.Pass())]"
+    others = dict.fromkeys(layer.operation for layer in layers if attn_lrp().rule_for(layer) is None)
+    entries = ", ".join(f"(lrp.operation({name!r}), lrp.Gradient())" for name in others)
+    if len(others) == len({layer.operation for layer in layers}):
+        return f"[{entries}]"
+    return f"[{entries}] + lrp.attn_lrp()" if others else "lrp.attn_lrp()"
 
 
 def _counted(count: int, noun: str) -> str:

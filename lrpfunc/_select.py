@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import final
 
-from lrpfunc._layer import Kind, Layer
+from lrpfunc._layer import Kind, Layer, Role
 
 
 class Selector(abc.ABC):
@@ -49,6 +49,18 @@ class _OfKind(Selector):
 
     def __repr__(self) -> str:
         return self.kind.value
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _OfRole(Selector):
+    role: Role
+
+    def __call__(self, layer: Layer) -> bool:
+        return layer.role is self.role
+
+    def __repr__(self) -> str:
+        return self.role.value
 
 
 @final
@@ -218,3 +230,33 @@ AvgPool: Selector = _OfKind(Kind.AVERAGE)
 
 Sum: Selector = _OfKind(Kind.SUM)
 """Sums of activations, residual connections for example, and along an axis."""
+
+Softmax: Selector = _OfKind(Kind.SOFTMAX)
+"""Softmax, log-softmax and logsumexp, native or written out."""
+
+Attention: Selector = _OfKind(Kind.ATTENTION)
+"""Fused scaled dot product attention; written out it is products and a softmax."""
+
+Product: Selector = _OfKind(Kind.PRODUCT)
+"""Products, of matrices too, of operands that all depend on the explained input."""
+
+Quotient: Selector = _OfKind(Kind.QUOTIENT)
+"""Divisions by what depends on the explained input and is no statistic of the numerator."""
+
+Normalization: Selector = _OfKind(Kind.NORMALIZATION)
+"""Layer, group, instance, RMS and L2 norms: division by a statistic of the same tensor, native or written out."""
+
+Statistic: Selector = _OfKind(Kind.STATISTIC)
+"""Norms, variances and standard deviations that are no part of a normalization."""
+
+Gate: Selector = _OfRole(Role.GATE)
+"""Products in which one operand modulates the other: gates, and attention weights with the values."""
+
+Router: Selector = _OfRole(Role.ROUTER)
+"""Products of the output of an expert with its weight, of those that `topk` chose."""
+
+Recurrent: Selector = _OfRole(Role.RECURRENT)
+"""The gates of `torch.nn.LSTM`, `torch.nn.GRU` and their cells."""
+
+Scan: Selector = _OfRole(Role.SCAN)
+"""The products of a selective scan, of state space models, that carry its input."""

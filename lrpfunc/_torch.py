@@ -17,6 +17,29 @@ def is_wrapped(tensor: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether somebody may take derivatives with respect to `tensor`, by torch.func or by autograd."""
+    return is_wrapped(tensor) or tensor.requires_grad or _has_tangent(tensor)
+
+
+def beyond_first_derivative(tensor: Tensor) -> bool:
+    """Whether `tensor` is under several derivatives, a forward derivative or a `vmap`."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if _has_tangent(tensor):
+        return True
+    levels = 0
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if not functorch.is_gradtrackingtensor(tensor):
+            return True
+        levels += 1
+        tensor = functorch.get_unwrapped(tensor)
+    return levels + tensor.requires_grad > 1
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def inside_transform() -> bool:
     """Whether a torch.func transform is running in this thread."""
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

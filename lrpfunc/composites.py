@@ -11,7 +11,27 @@ from torch import Tensor
 from lrpfunc._equality import Description
 from lrpfunc._layer import Layer
 from lrpfunc._message import Stabilizer
-from lrpfunc._select import Activation, AvgPool, BatchNorm, Convolution, Dense, ReLU, Selector, Sum, first
+from lrpfunc._select import (
+    Activation,
+    Attention,
+    AvgPool,
+    BatchNorm,
+    Convolution,
+    Dense,
+    Gate,
+    Normalization,
+    Product,
+    Quotient,
+    Recurrent,
+    ReLU,
+    Router,
+    Scan,
+    Selector,
+    Softmax,
+    Statistic,
+    Sum,
+    first,
+)
 from lrpfunc.rules import (
     AlphaBeta,
     Epsilon,
@@ -24,6 +44,10 @@ from lrpfunc.rules import (
     ReLUDeconvNet,
     ReLUGuidedBackprop,
     Rule,
+    SignalTakesAll,
+    Stop,
+    TaylorSoftmax,
+    Uniform,
     ZBox,
     ZPlus,
 )
@@ -85,7 +109,7 @@ class Composite(Description):
 def as_composite(rules: Composite | Iterable[Entry] | None) -> Composite:
     """What users may give for `rules`, as a composite."""
     if rules is None:
-        return epsilon_plus()
+        return Composite((*attn_lrp(), (Convolution, ZPlus()), (Dense, Epsilon())))
     if not isinstance(rules, Iterable) and not isinstance(rules, Rule):
         call = f"; write {rules.__name__}(...)" if callable(rules) and hasattr(rules, "__name__") else ""
         raise TypeError(f"rules must be a composite or a list of pairs (selector, rule), not {rules!r}{call}")
@@ -256,6 +280,95 @@ def epsilon_alpha2_beta1_flat(
     """
     flat = (Convolution | Dense, Flat(stabilizer, zero_params))
     return _recipe(AlphaBeta(2.0, 1.0, stabilizer, zero_params), Epsilon(epsilon, zero_params), stabilizer, flat)
+
+
+def attn_lrp(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+    """AttnLRP: for transformers, state space models, recurrent and gated networks.
+
+    The softmax by its Taylor expansion, products in equal shares, activations and normalizations by the identity.
+    Recurrent gates, the weights of routed experts and the coefficients of a selective scan are held constant. Dense
+    layers, convolutions and sums have no entry and take LRP-0; add a composite for them behind, as in
+    `attn_lrp() + epsilon_plus()`.
+
+    Args:
+        stabilizer: Accepted, like `zero_params`, by all composites; nothing here needs one.
+        zero_params: Nothing here modifies parameters.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> model_fn, params = lrp.from_module(torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval())
+        >>> lrp.attribute(model_fn, lrp.attn_lrp())(params, torch.randn(1, 3, 4)).shape
+        torch.Size([1, 3, 4])
+
+    References:
+        R. Achtibat et al., "AttnLRP: attention-aware layer-wise relevance propagation for transformers", ICML, 2024.
+    """
+    return Composite(
+        (
+            (Activation, Pass()),
+            (Softmax, TaylorSoftmax()),
+            (Recurrent | Router | Scan, SignalTakesAll()),
+            (Product | Quotient | Statistic | Attention, Uniform()),
+            (Normalization | BatchNorm, SignalTakesAll()),
+        )
+    )
+
+
+def cp_lrp(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+    """CP-LRP: as `attn_lrp`, but attention weights and gates are held constant, so that relevance is conserved.
+
+    Relevance goes through the values of attention and what gates let through. A product of which neither operand is a
+    gate is shared out.
+
+    Args:
+        stabilizer: Accepted, like `zero_params`, by all composites; nothing here needs one.
+        zero_params: Nothing here modifies parameters.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> relevance_fn = lrp.attribute(lambda _, x: x[:, :1] * x[:, 1:].sigmoid(), lrp.cp_lrp())
+        >>> relevance_fn(None, torch.tensor([[4.0, 0.0]]), target=0)
+        tensor([[2., 0.]])
+
+    References:
+        A. Ali et al., "XAI for transformers: better explanations through conservative propagation", ICML, 2022.
+    """
+    return Composite(
+        (
+            (Activation, Pass()),
+            (Softmax, Stop()),
+            (Gate | Recurrent | Router | Scan, SignalTakesAll()),
+            (Attention | Normalization | BatchNorm, SignalTakesAll()),
+            (Product | Quotient | Statistic, Uniform()),
+        )
+    )
+
+
+def mamba_lrp(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+    """MambaLRP: for state space models, with their selective scans, gates and normalizations.
+
+    Relevance goes through the input of a selective scan; its discretised coefficients are held constant. Gates share.
+
+    Args:
+        stabilizer: Accepted, like `zero_params`, by all composites; nothing here needs one.
+        zero_params: Nothing here modifies parameters.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> lrp.mamba_lrp().entries[1]
+        (Scan, SignalTakesAll())
+
+    References:
+        F. Rezaei Jafari et al., "MambaLRP: explaining selective state space sequence models", NeurIPS, 2024.
+    """
+    return Composite(
+        (
+            (Activation, Pass()),
+            (Scan, SignalTakesAll()),
+            (Product, Uniform()),
+            (Normalization, SignalTakesAll()),
+        )
+    )
 
 
 def excitation_backprop(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:

@@ -47,9 +47,21 @@ ELEMENTWISE_RULES: dict[str, lrp.Rule] = {
 SUM_RULES: dict[str, lrp.Rule] = {"norm": lrp.Norm(0.1), "uniform": lrp.Uniform(), "stop": lrp.Stop()}
 """For sums and average pooling."""
 
+ATTENTION_RULES: dict[str, lrp.Rule] = {
+    "taylor": lrp.TaylorSoftmax(),
+    "taylor_omit": lrp.TaylorSoftmax("omit", 0.1),
+    "taylor_distribute": lrp.TaylorSoftmax("distribute"),
+    "signal": lrp.SignalTakesAll(),
+    "uniform": lrp.Uniform(),
+}
+"""For softmax, products, attention and normalizations."""
+
 COMPOSITES: dict[str, lrp.Composite] = {
     "epsilon": lrp.epsilon(0.1, stabilizer=0.1),
     "epsilon_gamma_box": lrp.epsilon_gamma_box(-3.0, 3.0, 0.1, stabilizer=0.1),
+    "attn_lrp": lrp.attn_lrp(),
+    "cp_lrp": lrp.cp_lrp(),
+    "mamba_lrp": lrp.mamba_lrp(),
     "epsilon_plus": lrp.epsilon_plus(0.1, stabilizer=0.1),
     "epsilon_plus_flat": lrp.epsilon_plus_flat(0.1, stabilizer=0.1),
     "epsilon_alpha2_beta1": lrp.epsilon_alpha2_beta1(0.1, stabilizer=0.1),

@@ -33,11 +33,9 @@ def test_uncovered_layers_are_listed_with_the_line_to_write() -> None:
         "    layer_norm   layer_norm   (2, 4) -> (2, 4)\n"
         "    softmax      softmax      (2, 4) -> (2, 4)\n\n"
         "Relevance would be lost or invented there. Add rules in front of yours, for example\n\n"
-        "    rules = [(lrp.operation('layer_norm'), lrp.Gradient()), "
-        "(lrp.operation('softmax'), lrp.Gradient())] + rules"
+        "    rules = lrp.attn_lrp() + rules"
     )
-    mine = [(lrp.operation("layer_norm"), lrp.Gradient()), (lrp.operation("softmax"), lrp.Gradient())]
-    rules = mine + lrp.epsilon()
+    rules = lrp.attn_lrp() + lrp.epsilon()
     assert lrp.attribute(model_fn, rules)(W, X, target=0).shape == X.shape
 
 
@@ -45,13 +43,17 @@ def test_uncovered_layers_are_listed_with_the_line_to_write() -> None:
     ("f", "line"),
     [
         (lambda w, x: torch.relu(x), r"rules = \[\(lrp.Activation, lrp.Pass\(\)\)\] \+ rules"),
-        (lambda w, x: x * x, r"\(lrp.operation\('mul'\), lrp.Uniform\(\)\)"),
-        (lambda w, x: x @ x.T, r"\(lrp.operation\('matmul'\), lrp.Uniform\(\)\)"),
-        (lambda w, x: x / x.sum(), r"\(lrp.operation\('div'\), lrp.Gradient\(\)\)"),
-        (lambda w, x: torch.addcmul(w[:2, :3], x, x), r"operation\('addcmul'\), lrp.Uniform\(\)"),
-        (lambda w, x: torch.fft.rfft(x).real, r"operation\('fft_rfft'\), lrp.Gradient\(\)"),
+        (lambda w, x: x * x, r"rules = \[\(lrp.Activation, lrp.Pass\(\)\)\] \+ rules"),
+        (lambda w, x: x.exp(), r"rules = \[\(lrp.Activation, lrp.Pass\(\)\)\] \+ rules"),
+        (lambda w, x: x @ x.T, r"rules = lrp.attn_lrp\(\) \+ rules"),
+        (lambda w, x: x / x.sum(), r"rules = lrp.attn_lrp\(\) \+ rules"),
+        (lambda w, x: torch.addcmul(w[:2, :3], x, x), r"rules = lrp.attn_lrp\(\) \+ rules"),
+        (
+            lambda w, x: torch.fft.rfft(x).real,
+            r"rules = \[\(lrp.operation\('fft_rfft'\), lrp.Gradient\(\)\), .*\] \+ rules",
+        ),
+        (lambda w, x: x.cumprod(0) + x.softmax(0), r"rules = \[.*'cumprod'.*\] \+ lrp.attn_lrp\(\) \+ rules"),
         (lambda w, x: (x * 1).scatter(0, torch.zeros(1, 3).long(), x, reduce="add"), r"operation\('scatter'\)"),
-        (lambda w, x: x.exp(), r"\(lrp.operation\('exp'\), lrp.Gradient\(\)\)"),
         (lambda w, x: F.cosine_similarity(x, x * 2), "not linear"),
     ],
 )

@@ -356,10 +356,10 @@ def test_overwriting_gives_to_the_winner_only(f: Any) -> None:
 
 def test_uniform_counts_places() -> None:
     x = normal(2, 3)
-    for f in (lambda x: x * x, lambda x: torch.einsum("ij,ij->ij", x, x)):
-        relevance = lrp.attribute(f, [(lambda layer: layer.kind is lrp.Kind.PRODUCT, lrp.Uniform())], argnums=0)(x)
-        assert torch.allclose(relevance, f(x))
-    with pytest.raises(lrp.RuleError, match="Uniform serves sums and products"):
+    for f in (lambda x: x.mm(x.T).diagonal(), lambda x: torch.einsum("ij,ij->ij", x, x)):
+        relevance = lrp.attribute(f, [(lrp.Product, lrp.Uniform())], argnums=0)(x)
+        assert torch.allclose(relevance.sum(), f(x).sum())
+    with pytest.raises(lrp.RuleError, match="Uniform serves sums, products"):
         lrp.attribute(lambda x: torch.lerp(x, x.flip(0), 0.3), [(lrp.operation("lerp"), lrp.Uniform())], argnums=0)(x)
 
 
@@ -384,11 +384,15 @@ def test_infinite_masks_are_accounted_for() -> None:
 
 
 def test_operations_with_several_outputs_take_the_gradient() -> None:
-    gru = nn.GRU(3, 4, batch_first=True).double()
-    model_fn, params = lrp.from_module(gru, output=lambda out: out[0][:, -1])
-    x = normal(2, 5, 3)
-    explanation = lrp.explain(model_fn, [(lrp.operation("gru"), lrp.Gradient())])(params, x, target=1)
-    assert largest_difference(explanation.relevance, x * grad(lambda x: model_fn(params, x)[:, 1].sum())(x)) < 1e-12
+    def model_fn(_: None, x: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(x @ x.mT)
+        return torch.cat([values[:, -1:], vectors[:, 0] ** 2], -1)
+
+    x = normal(2, 3, 4)
+    rules = [(lrp.operation("linalg_eigh"), lrp.Gradient()), *lrp.attn_lrp()]
+    explanation = lrp.explain(model_fn, rules)(None, x, target=0)
+    # The largest eigenvalue is homogeneous of degree 2, and the product shares.
+    assert largest_difference(explanation.relevance, x * grad(lambda x: model_fn(None, x)[:, 0].sum())(x) / 2) < 1e-12
     assert abs(explanation.residual) < 1e-12
 
 

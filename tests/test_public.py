@@ -13,7 +13,9 @@ from tests.cases import COMPOSITES
 PUBLIC = [name for name in vars(lrp) if not name.startswith("_") and not inspect.ismodule(getattr(lrp, name))]
 ERRORS = [name for name in PUBLIC if name.endswith("Error")]
 SELECTORS = ["Dense", "Convolution", "Activation", "ReLU", "BatchNorm", "AvgPool", "Sum"]
-PARTS = ["BoundLayer", "Kind", "Layer", "Multiplier", "Relevance", "Explanation", "Row"]
+SELECTORS += ["Softmax", "Attention", "Product", "Quotient", "Normalization", "Statistic"]
+SELECTORS += ["Gate", "Router", "Recurrent", "Scan"]
+PARTS = ["BoundLayer", "Kind", "Role", "Layer", "Multiplier", "Relevance", "Explanation", "Row"]
 
 
 @pytest.mark.parametrize("name", [n for n in PUBLIC if n not in (*ERRORS, *SELECTORS, *PARTS)])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import lrpfunc as lrp
-from tests.cases import ELEMENTWISE_RULES, LINEAR_RULES, SUM_RULES, normal
+from tests.cases import ATTENTION_RULES, ELEMENTWISE_RULES, LINEAR_RULES, SUM_RULES, normal
 from tests.oracles import finite_difference_error, largest_difference
 
 
@@ -210,7 +210,9 @@ def test_stop_and_uniform() -> None:
 
 
 def test_every_rule_is_in_the_lists() -> None:
-    listed = {type(rule) for rules in (LINEAR_RULES, ELEMENTWISE_RULES, SUM_RULES) for rule in rules.values()}
+    listed = {
+        type(rule) for rules in (LINEAR_RULES, ELEMENTWISE_RULES, SUM_RULES, ATTENTION_RULES) for rule in rules.values()
+    }
     public = {v for v in vars(lrp).values() if isinstance(v, type) and issubclass(v, lrp.Rule) and v is not lrp.Rule}
     assert public <= listed
 

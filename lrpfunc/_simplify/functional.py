@@ -15,6 +15,8 @@ from lrpfunc._capture import Trace
 from lrpfunc._errors import CaptureError
 from lrpfunc._operations import (
     REWRITTEN,
+    SHAPED_LIKE,
+    as_computed,
     assigned,
     aten,
     batch_norm_eval,
@@ -24,12 +26,15 @@ from lrpfunc._operations import (
     copied,
     dropout_mask,
     filled,
+    fused,
     is_random,
     operation_name,
     operation_name_of,
     overwrite,
+    scaled_dot_product_attention,
     zeroed,
 )
+from lrpfunc._simplify.expand import EXPANSIONS
 from lrpfunc._torch import map_arg
 
 
@@ -90,6 +95,11 @@ class _View:
                 continue  # in the same place
             base = step.target(base, *step.args, **step.kwargs)
         return base
+
+
+def is_float(node: fx.Node) -> bool:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return any(isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves)
 
 
 def _storages(node: fx.Node) -> set[int]:
@@ -255,6 +265,10 @@ class _Functionalizer:
             self._dropout(node, name)
         elif isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
             self._mutation(node)
+        elif name in EXPANSIONS and is_float(node):
+            self._expand(node, name)
+        elif name.startswith("_scaled_dot_product_") and self.trace.after_dispatch:
+            self._attention(node)
         else:
             self._plain(node)
 
@@ -266,6 +280,11 @@ class _Functionalizer:
             return self.define(node, self.current[node.args[0]][node.args[1]])  # type: ignore[index]
         args, kwargs = self._mapped(node)
         target: Any = REWRITTEN.get(node.target, node.target)
+        if target is scaled_dot_product_attention:
+            args = self._apart(args)
+        if operation_name(node) in SHAPED_LIKE:  # of the other tensor, only the shape or dtype matters
+            target, of = SHAPED_LIKE[operation_name(node)]
+            args, kwargs = (args[0], of(node.meta["val"])), {}
         if self.trace.after_dispatch and target in (aten.view.default, aten._unsafe_view.default):
             target = aten.reshape.default  # a trace after dispatch is specialised to the strides it saw
         new = self.emit(target, args, kwargs, node.meta.get("val"))
@@ -273,7 +292,56 @@ class _Functionalizer:
         if viewed is None:
             self.define(node, new)
         else:
-            self.define_view(node, new, viewed, self.step(node, target))
+            self.define_view(node, new, viewed, _Step(target, args[1:], kwargs, node.meta["val"], self.no_grad))
+
+    def _apart(self, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The operands, with another name for one that stands at several places: each has a part of its own."""
+        seen: set[Any] = set()
+        apart = []
+        for operand in operands:
+            if isinstance(operand, fx.Node) and operand in seen:
+                operand = self.emit(aten.alias.default, (operand,), None, operand.meta["val"])
+            seen.add(operand)
+            apart.append(operand)
+        return tuple(apart)
+
+    def _expand(self, node: fx.Node, name: str) -> None:
+        """A fused operation, and what it does written out for the walk."""
+        args, kwargs = self._mapped(node)
+        outputs = EXPANSIONS[name](self._emit_anew, *args, **kwargs)
+        if outputs is None:
+            return self._plain(node)
+        value = node.meta["val"]
+        whole = self.emit(fused, (node.target, *args), kwargs, value)
+        likes = (value,) if isinstance(value, Tensor) else value
+        new = tuple(
+            self.emit(as_computed, (written, whole, index), None, like)
+            for index, (written, like) in enumerate(zip(outputs, likes, strict=True))
+        )
+        self.define(node, new[0] if isinstance(value, Tensor) else new)
+
+    def _emit_anew(self, target: Any, *args: Any, signal: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+        """An operation that the trace does not have."""
+        fakes, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
+        node = self.emit(target, args, kwargs, target(*fakes, **fake_kwargs))
+        if signal is not None:
+            node.meta["signal"] = signal
+        return node
+
+    def _attention(self, node: fx.Node) -> None:
+        """A fused kernel, which a trace after dispatch has, as the operation that chose it."""
+        args, kwargs = self._mapped(node)
+        call = dict(zip((a.name for a in node.target._schema.arguments), args, strict=False)) | kwargs  # type: ignore[union-attr]
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        defaults = {"attn_mask": call.get("attn_bias"), "dropout_p": 0.0, "is_causal": False}
+        operands = [call.get(name, defaults.get(name)) for name in names]
+        new = self.emit(
+            scaled_dot_product_attention,
+            self._apart(tuple(operands)),
+            {"scale": call.get("scale")},
+            node.meta["val"][0],
+        )
+        self.define(node, (new,))
 
     def _viewed(self, node: fx.Node) -> fx.Node | None:
         """The operand that `node` is a view of: the one whose memory it shares."""

@@ -14,5 +14,7 @@ from lrpfunc.rules.gamma import Gamma as Gamma
 from lrpfunc.rules.generic import Gradient as Gradient
 from lrpfunc.rules.generic import Stop as Stop
 from lrpfunc.rules.generic import Uniform as Uniform
+from lrpfunc.rules.signal import SignalTakesAll as SignalTakesAll
+from lrpfunc.rules.softmax import TaylorSoftmax as TaylorSoftmax
 from lrpfunc.rules.zbox import ZBox as ZBox
 from lrpfunc.rules.zplus import ZPlus as ZPlus

@@ -23,6 +23,12 @@ class Linear(Rule):
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         return tuple(Multiplier(m) for m in layer.vjp(message.value))
 
+    def pull(self, layer: BoundLayer, *multipliers: Tensor) -> tuple[Tensor, ...]:
+        return layer.vjp(*multipliers)
+
+    def pulled(self, layer: BoundLayer) -> tuple[Tensor, ...]:
+        return layer.jvp(list(map(carried, layer.inputs)))
+
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         has_bias = layer.layer.kind in (Kind.DENSE, Kind.CONVOLUTION, Kind.BATCH_NORM)
         return {"bias" if has_bias else "constants": (message.value * carried(layer.at_zero())).sum()}
@@ -37,6 +43,9 @@ class Select(Rule):
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         return tuple(type(message)(m) for m in layer.vjp(message.value))  # type: ignore[call-arg]
+
+    def pull(self, layer: BoundLayer, *values: Tensor) -> tuple[Tensor, ...]:
+        return layer.vjp(*values)
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         if layer.layer.kind is Kind.WINNER:
@@ -78,10 +87,10 @@ def default_rule(layer: Layer) -> Rule | None:
     return Linear() if layer.linear else None
 
 
-def several(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message]) -> tuple[Message, ...]:
+def several(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message]) -> tuple[Message | None, ...]:
     """The messages at the inputs of an operation with several outputs, some of which may have none.
 
-    Operations that select hand either form on; all others take the multiplier through their plain VJP.
+    Operations that select hand either form on; all others take the multiplier.
     """
     nodes = [node for node in layer.layer.outputs if node is not None]
     forms = {type(message) for message in messages.values()}
@@ -94,7 +103,7 @@ def several(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message]) -> 
             values.append(messages[node].multiplier(layer.values[node]))
         else:
             values.append(messages[node].relevance(layer.values[node]))
-    return tuple(form(m) for m in layer.vjp(*values))
+    return tuple(None if m is None else form(m) for m in rule.pull(layer, *values))
 
 
 def absorbed_by_several(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message]) -> dict[str, Tensor]:
@@ -103,15 +112,15 @@ def absorbed_by_several(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, M
         return {}
     nodes = [node for node in layer.layer.outputs if node is not None]
     selects = isinstance(rule, Select)
-    along = [torch.ones_like(x) if selects else carried(x) for x in layer.inputs]
-    lost = torch.zeros((), dtype=along[0].dtype, device=along[0].device)
-    for node, tangent in zip(nodes, layer.jvp(along), strict=True):
+    parts = layer.jvp([torch.ones_like(x) for x in layer.inputs]) if selects else rule.pulled(layer)
+    lost = torch.zeros((), dtype=parts[0].dtype, device=parts[0].device)
+    for node, part in zip(nodes, parts, strict=True):
         if node not in messages:
             continue
         value = layer.values[node]
         if selects:
-            lost = lost + torch.where(tangent == 0, messages[node].relevance(value), 0).sum()
+            lost = lost + torch.where(part == 0, messages[node].relevance(value), 0).sum()
         else:
-            lost = lost + (messages[node].multiplier(value) * (carried(value) - tangent)).sum()
+            lost = lost + (messages[node].multiplier(value) * (carried(value) - part)).sum()
             lost = lost + messages[node].unconvertible(value).sum()
     return {"constants" if selects else "nonlinearity": lost}

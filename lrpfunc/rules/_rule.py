@@ -48,8 +48,19 @@ class Rule(Description, abc.ABC):
     form: ClassVar[Form] = "relevance"
 
     @abc.abstractmethod
-    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
-        """The messages at the layer's inputs, one each."""
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message | None, ...]:
+        """The messages at the layer's inputs, one each; `None` for an input that gets nothing."""
+
+    def pull(self, layer: BoundLayer, *multipliers: Tensor) -> tuple[Tensor | None, ...]:
+        """The multipliers at the inputs, from those at all outputs.
+
+        A rule that has this serves operations with several outputs, too.
+        """
+        raise NotImplementedError
+
+    def pulled(self, layer: BoundLayer) -> tuple[Tensor, ...]:
+        """The part of each output that the multipliers `pull` returns account for; the rest is absorbed."""
+        raise NotImplementedError
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         """The relevance that does not reach the inputs, by cause, each from its own formula."""
@@ -61,7 +72,7 @@ class Rule(Description, abc.ABC):
 
     # -- what the walk calls
 
-    def apply(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
+    def apply(self, layer: BoundLayer, message: Message) -> tuple[Message | None, ...]:
         """`propagate`, in the form the rule takes."""
         return self.propagate(layer, self.formed(layer, message))
 
@@ -125,9 +136,13 @@ class Combination(Rule):
 
     __rmul__ = __mul__
 
-    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
-        parts = [[scale(weight, m) for m in rule.apply(layer, message)] for weight, rule in self.terms]
-        return tuple(add(messages, x) for messages, x in zip(zip(*parts, strict=True), layer.inputs, strict=True))
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message | None, ...]:
+        parts = [[m and scale(weight, m) for m in rule.apply(layer, message)] for weight, rule in self.terms]
+        totals: list[Message | None] = []
+        for messages, x in zip(zip(*parts, strict=True), layer.inputs, strict=True):
+            some = [message for message in messages if message is not None]
+            totals.append(add(some, x) if some else None)
+        return tuple(totals)
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         share = 1 - sum(weight for weight, _ in self.terms)

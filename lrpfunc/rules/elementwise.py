@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from lrpfunc._layer import BoundLayer, Kind, Layer
 from lrpfunc._message import Message, Multiplier, Relevance, divide
-from lrpfunc._operations import HOMOGENEOUS, ZERO_AT_ZERO
+from lrpfunc._operations import HOMOGENEOUS
 from lrpfunc.rules._rule import Form, Rule
 
 
 def _needs_pointwise(rule: Rule, layer: Layer) -> str | None:
-    mixing = (Kind.DENSE, Kind.CONVOLUTION, Kind.SUM, Kind.AVERAGE, Kind.LINEAR, Kind.PRODUCT)
-    if len(layer.inputs) == 1 and layer.input_shapes[0] == layer.output_shape and layer.kind not in mixing:
+    pointwise = (Kind.ACTIVATION, Kind.BATCH_NORM, Kind.SELECT, Kind.SCALE, Kind.NON_LINEAR)
+    if len(layer.inputs) == 1 and layer.input_shapes[0] == layer.output_shape and layer.kind in pointwise:
         return None
     return f"{type(rule).__name__} serves layers that act on each element of one input by itself"
 
@@ -47,7 +48,7 @@ class Pass(Rule):
             return (message,)
         if layer.layer.operation in HOMOGENEOUS:
             return (Multiplier(layer.vjp(message.value)[0]),)
-        if layer.layer.operation not in ZERO_AT_ZERO:
+        if not layer.layer.keeps_zero:
             return (Relevance(message.relevance(layer.output)),)
         x = layer.input
         (slope,) = layer.vjp(torch.ones_like(layer.output))
@@ -63,6 +64,9 @@ class _OfCotangent(Rule):
     """Rules that change a cotangent on its way through a layer; the balance is that of activation times cotangent."""
 
     form: ClassVar[Form] = "multiplier"
+
+    @abc.abstractmethod
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]: ...
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         (passed,) = self.propagate(layer, message)

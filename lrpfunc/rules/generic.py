@@ -40,13 +40,19 @@ class Gradient(Rule):
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         return tuple(type(message)(m) for m in layer.vjp(message.value))  # type: ignore[call-arg]
 
+    def pull(self, layer: BoundLayer, *multipliers: Tensor) -> tuple[Tensor, ...]:
+        return layer.vjp(*multipliers)
+
+    def pulled(self, layer: BoundLayer) -> tuple[Tensor, ...]:
+        return layer.jvp(list(map(carried, layer.inputs)))
+
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         if isinstance(message, Relevance):
             (kept,) = layer.jvp([torch.ones_like(x) for x in layer.inputs])
             return {"rule": (message.value * (1 - kept)).sum()}
         if layer.layer.linear:
             return Linear().absorbed(layer, message)
-        (linear,) = layer.jvp(list(map(carried, layer.inputs)))
+        (linear,) = self.pulled(layer)
         return {"nonlinearity": (message.value * (carried(layer.output) - linear)).sum()}
 
     def account(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
@@ -71,8 +77,8 @@ class Stop(Rule):
 
     form: ClassVar[Form] = "either"
 
-    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
-        return tuple(Multiplier(torch.zeros_like(x)) for x in layer.inputs)
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[None, ...]:
+        return (None,) * len(layer.inputs)
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         return {"rule": message.relevance(layer.output).sum()}
@@ -83,11 +89,14 @@ class Stop(Rule):
 class Uniform(Rule):
     r"""Gives every operand the same share of the relevance.
 
-    The operands of a sum get :math:`R / n` each; those of a product :math:`J^T(m / n)`, which is the same.
+    The `n` operands of a sum get :math:`R / n` each; the `n` factors of a product :math:`J^T(m / n)`, which is the
+    same, before what each broadcasts is added up. A quotient is a product with the reciprocal, a statistic of degree
+    `n`, such as the variance, a product of `n` factors. In fused attention the value gets :math:`J^T(m / 2)`, query and
+    key :math:`J^T(m / 4)` each, as they do where it is written out and the softmax absorbs.
 
     Example:
         >>> import torch, lrpfunc as lrp
-        >>> relevance_fn = lrp.attribute(lambda _, x: x[:, :1] * x[:, 1:], [(lrp.operation("mul"), lrp.Uniform())])
+        >>> relevance_fn = lrp.attribute(lambda _, x: x[:, :1] * x[:, 1:], [(lrp.Product, lrp.Uniform())])
         >>> relevance_fn(None, torch.tensor([[3.0, 4.0]]), target=0)
         tensor([[6., 6.]])
 
@@ -98,26 +107,32 @@ class Uniform(Rule):
     form: ClassVar[Form] = "either"
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
-        if self._of_sum(layer.layer):
+        if _adds(layer.layer):
             share = message.relevance(layer.output) / len(layer.inputs)
             return tuple(Relevance(batched_sum_to(share, x.shape)) for x in layer.inputs)
-        return tuple(Multiplier(m) for m in layer.vjp(message.multiplier(layer.output) / layer.layer.places))
+        pulled = layer.vjp(message.multiplier(layer.output))
+        return tuple(Multiplier(share * m) for share, m in zip(_shares(layer.layer), pulled, strict=True))
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
-        if self._of_sum(layer.layer):
+        if _adds(layer.layer):
             return {}
-        (linear,) = layer.jvp(layer.inputs)
+        weighted = [share * x for share, x in zip(_shares(layer.layer), layer.inputs, strict=True)]
+        (shared,) = layer.jvp(weighted)
         m = message.multiplier(layer.output)
         return {
-            "nonlinearity": (m * (layer.output - linear / layer.layer.places)).sum(),
+            "nonlinearity": (m * (layer.output - shared)).sum(),
             "conversion": message.unconvertible(layer.output).sum(),
         }
 
     def objection(self, layer: Layer) -> str | None:
-        if layer.linear and layer.places > 1 and not self._of_sum(layer):
-            return "Uniform serves sums and products; this layer is neither, and linear in several inputs"
-        return None
+        if layer.shares or _adds(layer) or (layer.linear and layer.places == 1):
+            return None
+        return "Uniform serves sums, products, quotients, statistics and attention; this layer is none of them"
 
-    @staticmethod
-    def _of_sum(layer: Layer) -> bool:
-        return layer.kind is Kind.SUM and layer.operation not in ("sum", "nansum")
+
+def _adds(layer: Layer) -> bool:
+    return layer.kind is Kind.SUM and layer.operation not in ("sum", "nansum")
+
+
+def _shares(layer: Layer) -> tuple[float, ...]:
+    return layer.shares or (1.0,)

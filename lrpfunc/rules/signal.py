@@ -1,0 +1,69 @@
+"""The signal-takes-all rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from lrpfunc._layer import BoundLayer, Kind, Layer
+from lrpfunc._message import Message, Multiplier, carried
+from lrpfunc.rules._rule import Form, Rule
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SignalTakesAll(Rule):
+    r"""Gives all relevance to the signal, and none to what modulates it.
+
+    What modulates is held constant; what is left is affine in the signal, and takes the plain VJP of the multiplier.
+
+    - normalizations, native or written out: the statistic is held, and the centring is linear. A bias absorbs;
+    - attention: the weights are held, and all relevance goes to the value;
+    - gates, the products in recurrent cells, the weights of routed experts, selective scans: the gate is held;
+    - quotients: the divisor is held.
+
+    Only relevance takes these for constants; derivatives of it do not.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> def model_fn(_, x):
+        ...     return x[:, :1] * x[:, 1:].sigmoid()
+        >>> rules = [(lrp.Gate, lrp.SignalTakesAll())] + lrp.attn_lrp()
+        >>> lrp.attribute(model_fn, rules)(None, torch.tensor([[4.0, 0.0]]), target=0)
+        tensor([[2., 0.]])
+
+    References:
+        L. Arras et al., "Explaining and interpreting LSTMs", in Explainable AI, Springer, 2019.
+        A. Ali et al., "XAI for transformers: better explanations through conservative propagation", ICML, 2022.
+    """
+
+    form: ClassVar[Form] = "multiplier"
+
+    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message | None, ...]:
+        return tuple(None if m is None else Multiplier(m) for m in self.pull(layer, message.value))
+
+    def pull(self, layer: BoundLayer, *multipliers: Tensor) -> tuple[Tensor | None, ...]:
+        return layer.signal_vjp(*multipliers)
+
+    def pulled(self, layer: BoundLayer) -> tuple[Tensor, ...]:
+        signals = [layer.values[node] for node in layer.layer.signals]
+        function = layer.signal_function()
+        whole, constants = function(*signals), function(*map(torch.zeros_like, signals))
+        return tuple(y - c for y, c in zip(whole, constants, strict=True))
+
+    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+        signals = [layer.values[node] for node in layer.layer.signals]
+        constants = layer.signal_function()(*map(torch.zeros_like, signals))
+        cause = "bias" if layer.layer.kind in (Kind.NORMALIZATION, Kind.BATCH_NORM) else "constants"
+        return {cause: (message.value * carried(constants)).sum()}
+
+    def objection(self, layer: Layer) -> str | None:
+        if layer.signals:
+            return None
+        return (
+            "SignalTakesAll serves normalizations, attention and gates; of this layer it is not known which input "
+            "carries the signal, so share it out: lrpfunc.Uniform()"
+        )
