@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lrpfunc._environment import Environment, describe_tensor
+from lrpfunc._environment import Environment, describe_tensor, forget_cached, is_cached
 from lrpfunc._errors import CaptureError
 from lrpfunc._record import Recorder, recording
 from lrpfunc._torch import inside_transform
@@ -270,6 +270,10 @@ def _explain_failure(error: Exception) -> CaptureError:
     )
 
 
+def _is_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor)
+
+
 _VALUE_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")
 
 
@@ -287,12 +291,17 @@ def _capture(
             raise _explain_failure(error) from error
         raise
     finally:
-        env.forget(lambda value: isinstance(value, FakeTensor))
+        env.forget(_is_fake)
+        forget_cached(_is_fake)
     constants = [node for node in module.graph.nodes if node.op == "get_attr"]
     # A constant that the function made is copied at once; any other one may be a tensor that was missed.
-    made = all(user.target is torch.ops.aten.lift_fresh_copy.default for node in constants for user in node.users)
     values = {node.target: getattr(module, node.target) for node in constants}
-    if any(isinstance(value, FakeTensor) for value in values.values()):
+    made = all(
+        all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
+        or is_cached(values[node.target])
+        for node in constants
+    )
+    if any(map(_is_fake, values.values())):
         raise CaptureError(
             "the model function makes a tensor in a way a trace cannot follow, such as torch.autograd.grad, `.data` "
             "or `set_`. Write torch.func.grad, or detach()"

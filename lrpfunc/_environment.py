@@ -12,6 +12,7 @@ import dataclasses
 import dis
 import enum
 import functools
+import gc
 import hashlib
 import itertools
 import os
@@ -243,6 +244,18 @@ class Environment:
         # All that a frozen dataclass is stands in its fields; of another object there may be more to know.
         frozen = dataclasses.is_dataclass(obj) and type(obj).__dataclass_params__.frozen  # pyright: ignore
         return ("instance", None if frozen else _serial(obj), *parts)
+
+
+def forget_cached(is_foreign: Callable[[Any], bool]) -> None:
+    """Empties each `functools.lru_cache` of the process, installed code's too, that holds a trace's own tensors."""
+    for obj in gc.get_objects():
+        if type(obj) is functools._lru_cache_wrapper and _holds(gc.get_referents(obj), is_foreign):
+            obj.cache_clear()
+
+
+def is_cached(tensor: Tensor) -> bool:
+    """Whether the tensor is a result that a `functools.lru_cache` keeps, which is the same at the next call."""
+    return any(type(obj) is functools._lru_cache_wrapper for obj in gc.get_referrers(tensor))
 
 
 _CACHED = object()

@@ -224,7 +224,6 @@ ATTENTION: dict[str, Attend] = {
     "eager_grouped": eager_grouped,
     "eager_baddbmm": eager_baddbmm,
     "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, repeated(k), repeated(v), is_causal=True),
-    "sdpa_expand": lambda q, k, v: F.scaled_dot_product_attention(q, expanded(k), expanded(v), is_causal=True),
     "sdpa_gqa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
     "sdpa_boolean_mask": lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, attn_mask=causal(), enable_gqa=True, scale=HEAD_WIDTH**-0.5
@@ -1222,6 +1221,7 @@ NETS: dict[str, Callable[[], Net]] = {
         for first in (False, True)
         for padded in (False, True)
         for no_grad in (False, True)
+        if not no_grad or first == padded
     },
     "encoder_layer-relu": partial(encoder, False, False, 0, False, "relu"),
     "encoder-no_grad": partial(encoder, False, False, 2, True),

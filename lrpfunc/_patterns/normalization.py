@@ -16,6 +16,11 @@ _REDUCES = AVERAGE | {"sum", "nansum", "amax", "amin"}
 _KEEPS_DEGREE = names("abs absolute neg negative clamp clamp_min maximum")
 _POWERS = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
 
+_HOMOGENEOUS = {*STATISTIC, *_REDUCES, *_KEEPS_DEGREE, *_POWERS, *_PRODUCT, *_QUOTIENT} | names(
+    "getitem max min add sub cat stack pow"
+)
+"""The operations through which a degree of homogeneity is known."""
+
 
 def normalization(node: fx.Node, reached: Reached) -> Tile | None:
     r"""The operation `node` as the division of a tensor by a statistic of itself.
@@ -70,7 +75,9 @@ class _Degree:
 
     def _step(self, node: fx.Node) -> tuple[float, bool] | None:
         name = operation_name(node)
-        operands = self._reached.operands(node)
+        operands = self._reached.operands(node) if name in _HOMOGENEOUS or name in SELECT else []
+        if not operands:
+            return None
         found = [self.of(operand) for operand in operands]
         known = [f for f in found if f is not None]
         if len(known) < len(found):

@@ -34,13 +34,17 @@ class Reached:
         self.order = {node: i for i, node in enumerate(self._all)}
         self.nodes = nodes
         self.sources = sources
+        self._operands: dict[fx.Node, list[fx.Node]] = {}
 
     def __contains__(self, node: object) -> bool:
         return node in self.nodes
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
         """The operands that depend on the explained input, as often as they stand there."""
-        return [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, fx.Node) and a in self.nodes]
+        if node not in self._operands:
+            leaves = pytree.tree_leaves((node.args, node.kwargs))
+            self._operands[node] = [a for a in leaves if isinstance(a, fx.Node) and a in self.nodes]
+        return self._operands[node]
 
     def is_step(self, node: object) -> bool:
         """Whether `node` is an operation on the way from the explained input."""

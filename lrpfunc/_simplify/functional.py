@@ -285,11 +285,12 @@ class _Functionalizer:
         if operation_name(node) in SHAPED_LIKE:  # of the other tensor, only the shape or dtype matters
             target, of = SHAPED_LIKE[operation_name(node)]
             args, kwargs = (args[0], of(node.meta["val"])), {}
-        if self.trace.after_dispatch and target in (aten.view.default, aten._unsafe_view.default):
-            target = aten.reshape.default  # a trace after dispatch is specialised to the strides it saw
+        if target in (aten.view.default, aten._unsafe_view.default):
+            # A trace is specialised to the strides it saw; derivatives may run another kernel, with other strides.
+            target = aten.reshape.default
         new = self.emit(target, args, kwargs, node.meta.get("val"))
         viewed = self._viewed(node)
-        if viewed is None:
+        if viewed is None or self._is_result(viewed):
             self.define(node, new)
         else:
             self.define_view(node, new, viewed, _Step(target, args[1:], kwargs, node.meta["val"], self.no_grad))
@@ -342,6 +343,10 @@ class _Functionalizer:
             node.meta["val"][0],
         )
         self.define(node, (new,))
+
+    def _is_result(self, node: fx.Node) -> bool:
+        """Whether `node` is what an operation returned, several new tensors; each has memory of its own."""
+        return not isinstance(node.meta.get("val"), Tensor) and self.root[node] is node
 
     def _viewed(self, node: fx.Node) -> fx.Node | None:
         """The operand that `node` is a view of: the one whose memory it shares."""

@@ -15,6 +15,7 @@ from lrpfunc._torch import map_arg
 # Where an operation that is linear in its operands has input, weight and bias.
 _DENSE = {
     "linear": (0, 1, 2),
+    "_grouped_mm": (0, 1, None),
     "addmm": (1, 2, 0),
     "baddbmm": (1, 2, 0),
     "addmv": (1, 2, 0),

@@ -1,0 +1,1 @@
+"""What lrpfunc serves and what it costs, measured."""
