@@ -16,6 +16,7 @@ from lrpfunc import _operations as ops
 from lrpfunc._normalized import HELD
 from lrpfunc._simplify import Affine
 from lrpfunc._torch import is_differentiated, jvp, map_arg, vjp
+from lrpfunc._transpose import transpose_of
 
 
 class Kind(enum.StrEnum):
@@ -162,6 +163,13 @@ class BoundLayer:
 
     def transpose(self, s: Tensor, weight: Tensor) -> Tensor:
         r""":math:`J_W^T(s)`, shaped like the input."""
+        found = self.layer.affine
+        assert found is not None
+        if len(self.layer.nodes) == 1 and not found.node.meta["autocast"]:
+            operands = (self.input, weight) if found.input < found.weight else (weight, self.input)
+            pull = transpose_of(ops.operation_name(found.node), operands, int(found.input > found.weight))
+            if pull is not None:
+                return pull(s.to(self.output.dtype))
         _, pullback = vjp(lambda x: self.affine(x, weight, None), self.input)
         return pullback(s.to(self.output.dtype))[0]
 
@@ -203,14 +211,38 @@ class BoundLayer:
     def vjp(self, *cotangents: Tensor, wrt: Sequence[fx.Node] | None = None) -> tuple[Tensor, ...]:
         """The plain VJP, with respect to the inputs unless told otherwise."""
         wrt = self.layer.inputs if wrt is None else wrt
+        if pulled := self._without_forward(wrt, cotangents):
+            return pulled
         return self._pull(self.function(wrt, exact=any(map(is_differentiated, cotangents))), wrt, cotangents)
 
     def signal_vjp(self, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         """The VJP of `signal_function`, one an input; `None` for inputs that are no signal."""
         signals = self.layer.signals
+        if pulled := self._without_forward(signals, cotangents):
+            return tuple(dict(zip(signals, pulled, strict=True)).get(node) for node in self.layer.inputs)
         function = self.signal_function(exact=any(map(is_differentiated, cotangents)))
         pulled = dict(zip(signals, self._pull(function, signals, cotangents), strict=True))
         return tuple(pulled.get(node) for node in self.layer.inputs)
+
+    def _without_forward(self, wrt: Sequence[fx.Node], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """The plain VJP, where it is known from the forward pass or by a formula."""
+        recorded: Any = self.values.get((self.layer.nodes[-1], "pullback"))  # type: ignore[call-overload]
+        if recorded is None or any(map(is_differentiated, cotangents)):
+            return self._transposed(wrt, cotangents)
+        pulled = dict(zip(self.layer.inputs, recorded(*cotangents), strict=True))
+        return tuple(pulled[node] for node in wrt) if pulled.keys() >= set(wrt) else None
+
+    def _transposed(self, wrt: Sequence[fx.Node], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """The plain VJP of a matrix product, which needs no forward pass."""
+        node = self.layer.nodes[0]
+        if len(self.layer.nodes) > 1 or node.kwargs or node.meta["no_grad"] or node.meta["autocast"]:
+            return None
+        places = [[i for i, a in enumerate(node.args) if a is n] for n in wrt]
+        if any(len(p) != 1 for p in places):
+            return None
+        args, _ = map_arg((node.args, {}), self.values.__getitem__)
+        found = [transpose_of(ops.operation_name(node), args, place) for (place,) in places]
+        return tuple(pull(cotangents[0]) for pull in found if pull is not None) if all(found) else None
 
     def _pull(
         self, function: Callable[..., Any], wrt: Sequence[fx.Node], cotangents: Sequence[Tensor]

@@ -14,7 +14,7 @@ from lrpfunc._arguments import Argnums, Explained, path_name
 from lrpfunc._capture import Cache, Trace, capture
 from lrpfunc._errors import CaptureError, InputError, LayerNotFoundError, NoPathError
 from lrpfunc._graph import Graph, build_graph
-from lrpfunc._layer import Layer
+from lrpfunc._layer import Kind, Layer
 from lrpfunc._message import Message, Multiplier, add
 from lrpfunc._operations import is_random
 from lrpfunc._propagate import Observer, assign, propagate
@@ -126,7 +126,8 @@ def run(
         built.graphs.put(key, graph)
     rules = assign(graph, composite)
     selected = _selected(graph, globs)
-    values = built.program.run(leaves, closed)
+    attention = {layer.output: layer.inputs for layer in graph.layers if layer.kind is Kind.ATTENTION}
+    values = built.program.run(leaves, closed, attention)
     return Run(graph, composite, rules, values, selected, (graph.sources, explained.spec))
 
 
