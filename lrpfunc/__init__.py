@@ -43,6 +43,7 @@ from lrpfunc._select import name as name
 from lrpfunc._select import operation as operation
 from lrpfunc._target import contrast as contrast
 from lrpfunc._target import one_hot as one_hot
+from lrpfunc._tokens import per_token as per_token
 from lrpfunc._transform import attribute as attribute
 from lrpfunc._transform import attribute_and_value as attribute_and_value
 from lrpfunc._transform import vjp as vjp
