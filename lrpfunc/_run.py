@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
@@ -60,6 +61,7 @@ class Run:
     def aux(self) -> Any:
         return _rebuild(self.graph.program.aux, self.graph.program.aux_spec, self.values)
 
+    @torch.compiler.disable
     def walk(self, start: Sequence[Message | None], observe: Observer | None = None) -> dict[fx.Node, Message]:
         """The message at every node, from those at the tensors of the output."""
         messages: dict[fx.Node, Message] = {}
@@ -101,6 +103,8 @@ def _rebuild(nodes: list[fx.Node], described: tuple[list[Any], Any], values: dic
     return pytree.tree_unflatten([values[next(found)] if leaf is None else leaf[0] for leaf in leaves], spec)
 
 
+# Dynamo follows some of the walk and stumbles over the levels of its VJPs; a graph break around it is always right.
+@torch.compiler.disable
 def run(
     model_fn: Callable[..., Any],
     composite: Composite,

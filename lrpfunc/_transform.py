@@ -75,7 +75,8 @@ def attribute(
     Args:
         model_fn: A pure function such as `f(params, x)`, from `from_module` or written by hand. Parameters come
             first: an explained argument 0 is taken to be parameters if another argument has floating-point tensors.
-        rules: Which rule serves which layer: a composite or a list of pairs `(selector, rule)`.
+        rules: Which rule serves which layer: a composite or a list of pairs `(selector, rule)`. With `None`,
+            convolutions take `ZPlus`, dense layers `Epsilon`, and everything else is served as in `attn_lrp()`.
         argnums: The argument to explain, or a tuple of several.
         has_aux: Whether `model_fn` returns `(output, aux)`.
         layers: A glob, or several, on module paths, where relevance is wanted too; `*` crosses dots. In a function

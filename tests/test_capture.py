@@ -495,3 +495,44 @@ def test_sparse_tensors() -> None:
     adjacency = torch.eye(3).double().to_sparse()
     with pytest.raises(lrp.InputError, match=r"layout torch.sparse_coo, which cannot be traced"):
         lrp.attribute(lambda a, x: a @ x)(adjacency, normal(3, 2))
+
+
+def test_caches_of_installed_code_keep_no_fake_tensors() -> None:
+    """Such as the `lru_cache` around a table of relative positions, which a later plain call would find."""
+    source = "import functools, torch\n@functools.lru_cache\ndef table(n):\n    return torch.arange(n) * 2.0\n"
+    installed: dict[str, Any] = {}
+    exec(compile(source, "lib/site-packages/positions.py", "exec"), installed)
+    table = installed["table"]
+
+    class Positions(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * table(x.shape[-1])
+
+    model_fn, params = lrp.from_module(Positions())
+    x = torch.ones(1, 3)
+    assert lrp.attribute(model_fn)(params, x).tolist() == [[0.0, 2.0, 4.0]]
+    assert type(table(3)) is Tensor
+    assert lrp.attribute(model_fn)(params, x).tolist() == [[0.0, 2.0, 4.0]]
+
+
+def test_results_of_an_operation_are_changed_in_place_apart() -> None:
+    def model_fn(_: None, x: Tensor) -> Tensor:
+        values, _indices = x.topk(2, -1)
+        values /= values.sum(-1, keepdim=True)
+        return values
+
+    x = normal(2, 4).abs()
+    relevance, value = lrp.attribute_and_value(model_fn)(None, x, target=0)
+    assert torch.equal(value, model_fn(None, x))
+    assert torch.allclose(relevance.sum(-1), value[:, 0])
+
+
+def test_compile_breaks_the_graph_around_a_walk() -> None:
+    def model_fn(weight: Tensor, x: Tensor) -> Tensor:
+        h = torch.nn.functional.layer_norm(x, (8,))
+        return (torch.nn.functional.scaled_dot_product_attention(h, h, h) @ weight).mean(1)
+
+    weight, x = normal(8, 3), normal(2, 5, 8, seed=1)
+    relevance_fn = lrp.attribute(model_fn, lrp.attn_lrp())
+    compiled = torch.compile(relevance_fn, backend="eager")
+    assert torch.equal(compiled(weight, x, target=1), relevance_fn(weight, x, target=1))
