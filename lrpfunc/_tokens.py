@@ -39,7 +39,7 @@ def per_token(relevance: Any, dim: int = -1) -> Any:
             return leaf
         if leaf.ndim < 2:
             raise InputError(
-                f"per_token adds up the last axis of relevance of shape (N, tokens, width), not of {tuple(leaf.shape)}: "
+                f"per_token adds up relevance of shape (N, tokens, width) over the width, not of {tuple(leaf.shape)}: "
                 "explain the embeddings, with layers='name.of.the.embedding'"
             )
         return leaf.sum(dim)
