@@ -47,9 +47,7 @@ def _reached(program: Program, seeds: Iterable[fx.Node]) -> set[fx.Node]:
     for node in program.graph.nodes:
         if node.op != "call_function" or node.meta["no_grad"] or not is_float(node):
             continue
-        # A gate that modulates a constant carries nothing.
-        operands = [node.meta["signal"]] if "signal" in node.meta else node.all_input_nodes
-        if ops.operation_name(node) not in ops.UNDIFFERENTIABLE and any(n in reached for n in operands):
+        if ops.operation_name(node) not in ops.UNDIFFERENTIABLE and any(n in reached for n in node.all_input_nodes):
             reached.add(node)
     return reached
 
@@ -158,8 +156,10 @@ class _Cover:
             nature = Nature(Kind.CONVOLUTION if found.convolution else Kind.DENSE, linear=True)
         elif tile is not None:
             nature = Nature(tile.kind, axes=tile.axes)
-        else:
+        elif node.meta.get("signal") in self.active | {None}:
             nature = nature_of(node, inputs)
+        else:  # a gate that modulates a constant
+            nature = Nature(Kind.PRODUCT, shares=(1.0,))
         role, signals = self._role(node, nature, inputs)
         scopes = nodes[0].meta["scopes"]
         operation = ops.operation_name(nodes[0]) if tile is None else tile.operation
@@ -187,7 +187,7 @@ class _Cover:
 
     def _role(self, node: fx.Node, nature: Nature, inputs: tuple[fx.Node, ...]) -> tuple[Role, tuple[fx.Node, ...]]:
         if nature.kind in (Kind.NORMALIZATION, Kind.BATCH_NORM):
-            return Role.NONE, inputs
+            return Role.NONE, inputs[:1]
         if nature.kind is Kind.ATTENTION:
             value: Any = node.args[2]
             return Role.NONE, (value,) if value in inputs else ()
@@ -195,6 +195,8 @@ class _Cover:
             return Role.NONE, tuple(n for n in inputs if n is not node.args[1])
         if nature.kind is not Kind.PRODUCT or node in self.tapped:
             return Role.NONE, ()
+        if node.meta.get("signal") not in self.active | {None}:
+            return Role.RECURRENT, ()
         added = [n for n, share in zip(inputs, nature.shares, strict=True) if share == 1]
         role, signals = self._roles.of(node, [n for n in inputs if n not in added])
         return role, (*signals, *added) if signals else ()

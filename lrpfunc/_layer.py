@@ -218,6 +218,8 @@ class BoundLayer:
     def signal_vjp(self, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         """The VJP of `signal_function`, one an input; `None` for inputs that are no signal."""
         signals = self.layer.signals
+        if not signals:
+            return (None,) * len(self.layer.inputs)
         if pulled := self._without_forward(signals, cotangents):
             return tuple(dict(zip(signals, pulled, strict=True)).get(node) for node in self.layer.inputs)
         function = self.signal_function(exact=any(map(is_differentiated, cotangents)))

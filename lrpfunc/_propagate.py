@@ -23,7 +23,10 @@ def assign(graph: Graph, composite: Composite) -> dict[Layer, Rule]:
     rules: dict[Layer, Rule] = {}
     uncovered: list[Layer] = []
     objections: list[str] = []
-    for layer in graph.layers:
+    needed = set(graph.program.outputs)
+    for layer in reversed(graph.layers):
+        if needed.isdisjoint(layer.outputs):
+            continue  # relevance stops before it
         rule = None if layer.kind in STRUCTURAL or layer.is_tap else composite.rule_for(layer)
         if rule is None:
             rule = Gradient() if composite.cotangent or layer.is_tap else default_rule(layer)
@@ -33,6 +36,9 @@ def assign(graph: Graph, composite: Composite) -> dict[Layer, Rule]:
             uncovered.append(layer)
         else:
             rules[layer] = rule
+        needed.update(layer.inputs if rule is None else rule.receivers(layer), layer.taps)
+    uncovered.reverse()
+    objections.reverse()
     if objections:
         raise RuleError(
             f"{_counted(len(objections), 'layer')} cannot be served by the rule the composite gives:\n\n"

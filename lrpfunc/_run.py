@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
@@ -20,6 +19,7 @@ from lrpfunc._message import Message, Multiplier, add
 from lrpfunc._operations import is_random
 from lrpfunc._propagate import Observer, assign, propagate
 from lrpfunc._simplify import Program, functional
+from lrpfunc._torch import uncompiled
 from lrpfunc.composites import Composite
 from lrpfunc.rules import Rule
 
@@ -61,7 +61,7 @@ class Run:
     def aux(self) -> Any:
         return _rebuild(self.graph.program.aux, self.graph.program.aux_spec, self.values)
 
-    @torch.compiler.disable
+    @uncompiled
     def walk(self, start: Sequence[Message | None], observe: Observer | None = None) -> dict[fx.Node, Message]:
         """The message at every node, from those at the tensors of the output."""
         messages: dict[fx.Node, Message] = {}
@@ -104,7 +104,7 @@ def _rebuild(nodes: list[fx.Node], described: tuple[list[Any], Any], values: dic
 
 
 # Dynamo follows some of the walk and stumbles over the levels of its VJPs; a graph break around it is always right.
-@torch.compiler.disable
+@uncompiled
 def run(
     model_fn: Callable[..., Any],
     composite: Composite,

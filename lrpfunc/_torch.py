@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx.node import map_arg as map_arg
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, around which torch.compile breaks its graph."""
+    return torch.compiler.disable(function)  # pyright: ignore
 
 
 def is_wrapped(tensor: Tensor) -> bool:

@@ -41,7 +41,7 @@ def normalization(node: fx.Node, reached: Reached) -> Tile | None:
             continue
         degree, reduced = _Degree(reached, _linear_roots(numerator, reached)).of(statistic) or (0.0, False)
         if reduced and degree * sign > 0:
-            return Tile(Kind.NORMALIZATION, "normalize", (node,), (numerator,))
+            return Tile(Kind.NORMALIZATION, "normalize", (node,), tuple(dict.fromkeys((numerator, statistic))))
     return None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from lrpfunc._equality import Description
 from lrpfunc._layer import BoundLayer, Layer
@@ -65,6 +65,10 @@ class Rule(Description, abc.ABC):
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         """The relevance that does not reach the inputs, by cause, each from its own formula."""
         return {}
+
+    def receivers(self, layer: Layer) -> tuple[fx.Node, ...]:
+        """The inputs that may get relevance; what is behind the others needs no rule."""
+        return layer.inputs
 
     def objection(self, layer: Layer) -> str | None:
         """Why the rule cannot serve a layer, or `None` if it can."""

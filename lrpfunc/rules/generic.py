@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from lrpfunc._layer import BoundLayer, Kind, Layer
 from lrpfunc._message import Message, Multiplier, Relevance, carried
@@ -79,6 +79,9 @@ class Stop(Rule):
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[None, ...]:
         return (None,) * len(layer.inputs)
+
+    def receivers(self, layer: Layer) -> tuple[fx.Node, ...]:
+        return ()
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         return {"rule": message.relevance(layer.output).sum()}

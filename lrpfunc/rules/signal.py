@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from lrpfunc._layer import BoundLayer, Kind, Layer
+from lrpfunc._layer import BoundLayer, Kind, Layer, Role
 from lrpfunc._message import Message, Multiplier, carried
 from lrpfunc.rules._rule import Form, Rule
 
@@ -60,8 +60,11 @@ class SignalTakesAll(Rule):
         cause = "bias" if layer.layer.kind in (Kind.NORMALIZATION, Kind.BATCH_NORM) else "constants"
         return {cause: (message.value * carried(constants)).sum()}
 
+    def receivers(self, layer: Layer) -> tuple[fx.Node, ...]:
+        return layer.signals
+
     def objection(self, layer: Layer) -> str | None:
-        if layer.signals:
+        if layer.signals or layer.role is Role.RECURRENT:
             return None
         return (
             "SignalTakesAll serves normalizations, attention and gates; of this layer it is not known which input "
