@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -169,3 +171,177 @@ def with_rule(rule: lrp.Rule) -> lrp.Composite:
     """A composite that gives every dense layer and convolution the same rule."""
     base = [(lrp.Activation, lrp.Pass()), (lrp.BatchNorm, lrp.Pass()), (lrp.Sum | lrp.AvgPool, lrp.Norm(0.1))]
     return lrp.Composite([(lrp.Dense | lrp.Convolution, rule), *base])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention, gates, recurrence and scans
+
+
+class Transformer(nn.Module):
+    """Attention written out and masked by infinity, native layer norms, a SwiGLU, residual connections, a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(4), nn.LayerNorm(4)
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        future = torch.ones(3, 3, dtype=torch.bool).triu(1)
+        weights = (q @ k.mT / math.sqrt(2)).masked_fill(future, -torch.inf).softmax(-1)
+        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
+        gate, value = self.up(self.norm2(x)).chunk(2, -1)
+        x = x + self.down(F.silu(gate) * value)
+        return self.head(x.mean(1))
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.01))
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def fused_attention(params: dict[str, Any], x: Tensor) -> Tensor:
+    """Four queries that share two keys and values, in torch's own attention; a norm and an activation written out."""
+    h = rms_norm(x, params["norm"])
+    q, k, v = (F.linear(h, params[name]).unflatten(-1, (-1, 2)).transpose(1, 2) for name in "qkv")
+    past = torch.ones(3, 3, dtype=torch.bool).tril()
+    attended = F.scaled_dot_product_attention(q, k, v, past, enable_gqa=True).transpose(1, 2).flatten(2)
+    x = x + F.linear(attended, params["out"])
+    x = x + F.linear(tanh_gelu(F.linear(x, params["up"])), params["down"])
+    return F.linear(rms_norm(x[:, -1], params["norm"]), params["head"])
+
+
+class Recurrent(nn.Module):
+    """All states of an LSTM, and the last ones of a GRU that runs in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 3, batch_first=True)
+        self.gru = nn.GRU(3, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.lstm(x)
+        _, last = self.gru(states)
+        return self.head(last.transpose(0, 1).flatten(1))
+
+
+def selective_scan(params: dict[str, Any], x: Tensor) -> Tensor:
+    """A state space model whose decay, input and output depend on what it reads, gated."""
+    u, gate = (x @ params["in"]).chunk(2, -1)
+    u = F.silu(u)
+    step = F.softplus(u @ params["step"])
+    decay = torch.exp(-step[..., None] * params["decay"].exp())
+    drive = (step * u)[..., None] * (u @ params["write"])[:, :, None]
+    read = (u @ params["read"])[:, :, None]
+    state, outputs = torch.zeros_like(drive[:, 0]), []
+    for t in range(x.shape[1]):
+        state = decay[:, t] * state + drive[:, t]
+        outputs.append((state * read[:, t]).sum(-1))
+    y = torch.stack(outputs, 1) + params["skip"] * u
+    return (y * F.silu(gate)).mean(1) @ params["head"]
+
+
+class Gated(nn.Module):
+    """A group norm, a GLU, squeeze and excitation, and the cosine of what is left with three prototypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.squeeze, self.excite = nn.Linear(4, 2), nn.Linear(2, 4)
+        self.prototypes = nn.Parameter(torch.empty(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.glu(self.norm(self.conv(x)), 1)
+        gate = torch.sigmoid(self.excite(F.silu(self.squeeze(x.mean((2, 3))))))
+        x = F.normalize(x * gate[:, :, None, None], dim=1).mean((2, 3))
+        return F.cosine_similarity(x[:, None], self.prototypes, dim=-1)
+
+
+def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    return {name: 0.6 * normal(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+@cache
+def transformer() -> Case:
+    return Case(*lrp.from_module(randomized(Transformer())), normal(2, 3, 4, seed=1))
+
+
+@cache
+def fused() -> Case:
+    projections = {"q": (8, 4), "k": (4, 4), "v": (4, 4), "out": (4, 8), "up": (5, 4), "down": (4, 5), "head": (3, 4)}
+    return Case(fused_attention, drawn({"norm": (4,), **projections}), normal(2, 3, 4, seed=1))
+
+
+@cache
+def recurrent() -> Case:
+    return Case(*lrp.from_module(randomized(Recurrent())), normal(2, 2, 3, seed=1))
+
+
+@cache
+def scan() -> Case:
+    square = dict.fromkeys(("step", "head"), (3, 3))
+    state = dict.fromkeys(("decay", "write", "read"), (3, 2))
+    return Case(selective_scan, drawn({"in": (3, 6), "skip": (3,), **square, **state}), normal(2, 3, 3, seed=1))
+
+
+@cache
+def gated() -> Case:
+    return Case(*lrp.from_module(randomized(Gated())), normal(2, 2, 4, 4, seed=1))
+
+
+ATTENTION_MODELS: dict[str, Callable[[], Case]] = {
+    "transformer": transformer,
+    "fused": fused,
+    "recurrent": recurrent,
+    "scan": scan,
+    "gated": gated,
+}
+"""Each is made once, so that it is captured once."""
+
+MODULATED = lrp.Gate | lrp.Router | lrp.Recurrent | lrp.Scan | lrp.Attention
+
+EVERY = tuple(ATTENTION_MODELS)
+
+
+def in_front(selector: lrp.Selector, rule: lrp.Rule, rules: lrp.Composite) -> lrp.Composite:
+    return lrp.Composite([(selector, rule)]) + rules
+
+
+ATTENTION_COMPOSITES: dict[str, tuple[lrp.Composite | None, tuple[str, ...]]] = {
+    "default": (None, EVERY),
+    "attn_lrp": (lrp.attn_lrp(), EVERY),
+    "cp_lrp": (lrp.cp_lrp(), EVERY),
+    "mamba_lrp": (lrp.mamba_lrp(), ("recurrent", "scan", "gated")),
+    "gradient": (lrp.gradient(), EVERY),
+    "attn_lrp+epsilon_gamma_box": (lrp.attn_lrp() + lrp.epsilon_gamma_box(-3.0, 3.0, 0.1, stabilizer=0.1), EVERY),
+    "attn_lrp+epsilon_plus": (lrp.attn_lrp() + lrp.epsilon_plus(0.1, stabilizer=0.1), EVERY),
+    "cp_lrp+epsilon_plus_flat": (lrp.cp_lrp() + lrp.epsilon_plus_flat(0.1, stabilizer=0.1), EVERY),
+    **{
+        f"{name}+attn_lrp": (in_front(lrp.Softmax, ATTENTION_RULES[name], lrp.attn_lrp()), ("transformer",))
+        for name in ("taylor_omit", "taylor_distribute")
+    },
+    "signal+attn_lrp": (
+        in_front(MODULATED, lrp.SignalTakesAll(), lrp.attn_lrp()),
+        ("transformer", "fused", "scan", "gated"),
+    ),
+    "uniform+cp_lrp": (in_front(MODULATED, lrp.Uniform(), lrp.cp_lrp()), EVERY),
+    "mixture+attn_lrp": (
+        in_front(MODULATED, 0.3 * lrp.Uniform() + 0.7 * lrp.SignalTakesAll(), lrp.attn_lrp()),
+        EVERY,
+    ),
+    "stop+attn_lrp": (in_front(lrp.Gate | lrp.Attention, lrp.Stop(), lrp.attn_lrp()), ("transformer", "fused")),
+    "gradient+attn_lrp": (
+        in_front(lrp.Normalization | lrp.Softmax | lrp.Attention, lrp.Gradient(), lrp.attn_lrp()),
+        ("transformer", "fused", "gated"),
+    ),
+}
+"""Each with the models that it covers, and to which it is news; stabilizers as above."""
+
+ATTENTION_CASES = [(model, name) for name, (_, models) in ATTENTION_COMPOSITES.items() for model in models]

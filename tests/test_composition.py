@@ -10,7 +10,19 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, stack_module_state, vmap
 
 import lrpfunc as lrp
-from tests.cases import COMPOSITES, LINEAR_RULES, MODELS, Residual, normal, randomized, with_rule
+from tests.cases import (
+    ATTENTION_CASES,
+    ATTENTION_COMPOSITES,
+    ATTENTION_MODELS,
+    COMPOSITES,
+    LINEAR_RULES,
+    MODELS,
+    Case,
+    Residual,
+    normal,
+    randomized,
+    with_rule,
+)
 from tests.oracles import largest_difference, plain_vjp
 
 RULES = {**COMPOSITES, **{f"dense_{name}": with_rule(rule) for name, rule in LINEAR_RULES.items()}}
@@ -19,7 +31,16 @@ RULES = {**COMPOSITES, **{f"dense_{name}": with_rule(rule) for name, rule in LIN
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("model", MODELS)
 def test_vmap_equals_loop(model: str, name: str) -> None:
-    case, rules = MODELS[model](), RULES[name]
+    check_vmap(MODELS[model](), RULES[name])
+
+
+@pytest.mark.parametrize(("model", "name"), ATTENTION_CASES)
+def test_vmap_equals_loop_through_attention(model: str, name: str) -> None:
+    check_vmap(ATTENTION_MODELS[model](), ATTENTION_COMPOSITES[name][0])
+
+
+def check_vmap(case: Case, rules: lrp.Composite | None) -> None:
+    """Over targets, over samples and over an ensemble."""
     fn = lrp.attribute(case.model_fn, rules)
     targets = torch.arange(3)
     looped = torch.stack([fn(case.params, case.x, target=t) for t in targets])
@@ -131,9 +152,9 @@ def test_ensemble_of_modules() -> None:
     assert largest_difference(vmap(lambda p: fn(p, x, target=1))(stacked), torch.stack(looped)) < 1e-12
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, *ATTENTION_MODELS])
 def test_gradient_composite_is_vjp(model: str) -> None:
-    case = MODELS[model]()
+    case = {**MODELS, **ATTENTION_MODELS}[model]()
     output, pullback = lrp.vjp(case.model_fn, lrp.gradient(), case.params, case.x)
     expected, plain = plain_vjp(lambda x: case.model_fn(case.params, x), case.x)
     assert torch.equal(output, expected)
@@ -164,3 +185,52 @@ def test_linear_in_relevance(rule: str) -> None:
     output, pullback = lrp.vjp(case.model_fn, with_rule(LINEAR_RULES[rule]), case.params, case.x)
     a, b = normal(*output.shape, seed=1), normal(*output.shape, seed=2)
     assert largest_difference(pullback(2 * a - 3 * b), 2 * pullback(a) - 3 * pullback(b)) < 1e-11 or rule == "stop"
+
+
+@pytest.mark.parametrize(("model", "name"), ATTENTION_CASES)
+def test_linear_in_relevance_through_attention(model: str, name: str) -> None:
+    """One forward pass serves every call of the pullback, in a loop and in `vmap`."""
+    case = ATTENTION_MODELS[model]()
+    output, pullback = lrp.vjp(case.model_fn, ATTENTION_COMPOSITES[name][0], case.params, case.x)
+    a, b = normal(*output.shape, seed=1), normal(*output.shape, seed=2)
+    looped = torch.stack([pullback(a), pullback(b), pullback(2 * a - 3 * b)])
+    assert looped.isfinite().all()
+    assert looped.abs().max() > 0
+    assert largest_difference(looped[2], 2 * looped[0] - 3 * looped[1]) < 1e-11
+    assert largest_difference(vmap(pullback)(torch.stack([a, b, 2 * a - 3 * b])), looped) < 1e-12
+    assert torch.equal(pullback(a), looped[0])
+
+
+@pytest.mark.parametrize("model", ATTENTION_MODELS)
+def test_nested_transforms_through_attention(model: str) -> None:
+    """Targets and samples around a gradient, and a gradient around both."""
+    case = ATTENTION_MODELS[model]()
+    fn = lrp.attribute(case.model_fn, lrp.attn_lrp())
+    xs, targets = torch.stack([case.x, 0.5 * case.x]), torch.tensor([0, 2])
+
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return fn(case.params, x, target=t).square().sum()
+
+    nested = vmap(vmap(grad(loss), (None, 0)), (0, None))(xs, targets)
+    looped = torch.stack([torch.stack([grad(loss)(x, t) for t in targets]) for x in xs])
+    assert largest_difference(nested, looped) < 1e-12
+    outside = grad(lambda xs: vmap(lambda x: vmap(lambda t: loss(x, t))(targets).sum())(xs).sum())(xs)
+    assert largest_difference(outside, looped.sum(1)) < 1e-12
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("model", ATTENTION_MODELS)
+def test_under_grad_modes_through_attention(model: str, context: Any) -> None:
+    """The value is the model's own, bit for bit, in every mode; kernels round relevance differently."""
+    case = ATTENTION_MODELS[model]()
+    fn = lrp.attribute_and_value(case.model_fn, lrp.attn_lrp())
+    detached = {name: p.detach() for name, p in case.params.items()}
+    with context():
+        value = case.model_fn(case.params, case.x)
+        inside, ours = fn(case.params, case.x, target=1)
+    assert torch.equal(ours, value)
+    assert not inside.requires_grad
+    for params, x in ((case.params, case.x), (detached, case.x.clone().requires_grad_()), (detached, case.x)):
+        outside, ours = fn(params, x, target=1)
+        assert torch.equal(ours, case.model_fn(params, x))
+        assert largest_difference(outside, inside) < 1e-12

@@ -10,11 +10,24 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev
 
 import lrpfunc as lrp
-from tests.cases import COMPOSITES, ELEMENTWISE_RULES, LINEAR_RULES, MODELS, SUM_RULES, Case, normal, smooth, with_rule
+from tests.cases import (
+    ATTENTION_CASES,
+    ATTENTION_COMPOSITES,
+    ATTENTION_MODELS,
+    COMPOSITES,
+    ELEMENTWISE_RULES,
+    LINEAR_RULES,
+    MODELS,
+    SUM_RULES,
+    Case,
+    normal,
+    smooth,
+    with_rule,
+)
 from tests.oracles import finite_difference_error, largest_difference
 
 
-def scalar(case: Case, rules: lrp.Composite, params: Any, x: Tensor, target: Any = 1) -> Tensor:
+def scalar(case: Case, rules: lrp.Composite | None, params: Any, x: Tensor, target: Any = 1) -> Tensor:
     relevance = lrp.attribute(case.model_fn, rules)(params, x, target=target)
     return (relevance * normal(*relevance.shape, seed=7)).sum() + relevance.square().sum()
 
@@ -36,8 +49,16 @@ ALL = {
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_equal_finite_differences(model: str, name: str) -> None:
-    case, rules = MODELS[model](), ALL[name]
-    # With respect to the input; and to every parameter, running statistics included.
+    check_gradients(MODELS[model](), ALL[name])
+
+
+@pytest.mark.parametrize(("model", "name"), ATTENTION_CASES)
+def test_gradients_equal_finite_differences_through_attention(model: str, name: str) -> None:
+    check_gradients(ATTENTION_MODELS[model](), ATTENTION_COMPOSITES[name][0])
+
+
+def check_gradients(case: Case, rules: lrp.Composite | None) -> None:
+    """With respect to the input; and to every parameter, running statistics included."""
     assert finite_difference_error(lambda x: scalar(case, rules, case.params, x), case.x) < 1e-6
     assert finite_difference_error(lambda p: scalar(case, rules, p, case.x), case.params) < 1e-6
 
@@ -84,6 +105,17 @@ def test_second_derivatives(name: str) -> None:
     assert finite_difference_error(gradient_norm, case.x) < 1e-6
 
 
+@pytest.mark.parametrize("model", ["transformer", "fused", "recurrent"])
+def test_second_derivatives_through_attention(model: str) -> None:
+    case, rules = ATTENTION_MODELS[model](), lrp.attn_lrp()
+
+    def gradient_norm(params: Any, x: Tensor) -> Tensor:
+        return grad(lambda x: scalar(case, rules, params, x))(x).square().sum()
+
+    assert finite_difference_error(lambda x: gradient_norm(case.params, x), case.x) < 1e-6
+    assert finite_difference_error(lambda p: gradient_norm(p, case.x), case.params) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["epsilon_plus_flat", "epsilon_gamma_box", "guided_backprop"])
 def test_forward_and_reverse_jacobians_agree(name: str) -> None:
     case, rules = smooth(), COMPOSITES[name]
@@ -94,12 +126,32 @@ def test_forward_and_reverse_jacobians_agree(name: str) -> None:
     assert largest_difference(jacfwd(relevance)(case.x), jacrev(relevance)(case.x)) < 1e-12
 
 
-def test_backward_equals_grad() -> None:
-    case, rules = MODELS["residual"](), COMPOSITES["epsilon_plus"]
+# What torch says of plain `jacrev` of its fused attention, which runs in the forward pass.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("rules", ["attn_lrp", "cp_lrp", "mixture+attn_lrp"])
+@pytest.mark.parametrize("model", ATTENTION_MODELS)
+def test_forward_and_reverse_jacobians_agree_through_attention(model: str, rules: str) -> None:
+    """Fused attention has no forward derivative: there it is written out."""
+    case = ATTENTION_MODELS[model]()
+    fn = lrp.attribute(case.model_fn, ATTENTION_COMPOSITES[rules][0])
+
+    def relevance(x: Tensor) -> Tensor:
+        return fn(case.params, x, target=2)
+
+    assert largest_difference(jacfwd(relevance)(case.x), jacrev(relevance)(case.x)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("residual", "epsilon_plus"), *((m, "attn_lrp") for m in ATTENTION_MODELS)]
+)
+def test_backward_equals_grad(model: str, name: str) -> None:
+    case, rules = {**MODELS, **ATTENTION_MODELS}[model](), COMPOSITES[name]
     params = {name: p.detach().clone().requires_grad_() for name, p in case.params.items()}
     scalar(case, rules, params, case.x).backward()
     expected = grad(lambda p: scalar(case, rules, p, case.x))({n: p.detach() for n, p in params.items()})
-    assert largest_difference({n: p.grad for n, p in params.items()}, expected) < 1e-12
+    # Relevance of LRP-0 does not depend on the last bias: torch.func has zeros for it, autograd nothing.
+    ours = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in params.items()}
+    assert largest_difference(ours, expected) < 1e-12
 
 
 def test_starting_relevance_is_differentiable() -> None:

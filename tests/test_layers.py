@@ -11,7 +11,18 @@ from torch.func import grad
 from torch.nn import functional as F
 
 import lrpfunc as lrp
-from tests.cases import COMPOSITES, LINEAR_RULES, MODELS, normal, randomized, with_rule
+from tests.cases import (
+    ATTENTION_CASES,
+    ATTENTION_COMPOSITES,
+    ATTENTION_MODELS,
+    COMPOSITES,
+    LINEAR_RULES,
+    MODELS,
+    Case,
+    normal,
+    randomized,
+    with_rule,
+)
 from tests.oracles import largest_difference
 
 
@@ -258,13 +269,23 @@ class TestNamesAndSelectors:
 @pytest.mark.parametrize("model", MODELS)
 def test_the_balance_closes(model: str, name: str) -> None:
     rules = {**COMPOSITES, **{f"dense_{n}": with_rule(r) for n, r in LINEAR_RULES.items()}}[name]
-    case = MODELS[model]()
+    check_balance(MODELS[model](), rules)
+
+
+@pytest.mark.parametrize(("model", "name"), ATTENTION_CASES)
+def test_the_balance_closes_through_attention(model: str, name: str) -> None:
+    check_balance(ATTENTION_MODELS[model](), ATTENTION_COMPOSITES[name][0])
+
+
+def check_balance(case: Case, rules: lrp.Composite | None) -> None:
+    """From a logit, which starts a multiplier, and from any relevance."""
     for target in (1, normal(*case.model_fn(case.params, case.x).shape)):
-        explanation = lrp.explain(case.model_fn, rules)(case.params, case.x, target=target)
+        explain = lrp.explain(case.model_fn, rules)
+        explanation = explain(case.params, case.x, target=target)
         for row in explanation.rows:
             assert abs(row.residual) <= 1e-9 * max(row.absolute, 1e-30), row
         assert abs(explanation.residual) <= 1e-9 * sum(row.absolute for row in explanation.rows)
-        if not rules.cotangent:
+        if not explain.attribution.rules.cotangent:
             assert abs(explanation.relevance_in - float(explanation.relevance.sum())) < 1e-9
 
 

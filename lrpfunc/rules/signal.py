@@ -64,7 +64,7 @@ class SignalTakesAll(Rule):
         return layer.signals
 
     def objection(self, layer: Layer) -> str | None:
-        if layer.signals or layer.role is Role.RECURRENT:
+        if layer.signals or layer.role is Role.RECURRENT or layer.kind is Kind.ATTENTION:
             return None
         return (
             "SignalTakesAll serves normalizations, attention and gates; of this layer it is not known which input "
