@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lrpfunc._environment import Environment, describe_tensor, forget_cached, is_cached
-from lrpfunc._errors import CaptureError
+from lrpfunc._errors import CaptureError, RuleError
 from lrpfunc._record import Recorder, recording
 from lrpfunc._torch import inside_transform
 
@@ -308,6 +308,47 @@ def _capture(
         )
     stable = made and not watch.reads
     return Trace(module, found["outputs"], found["aux"], recorder, len(env.tensors), values, stable, after)
+
+
+def retrace(
+    walk: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
+    tensors: Sequence[Tensor],
+    start: Sequence[Tensor],
+    environment: Environment,
+) -> fx.GraphModule:
+    """A function of tensors as plain operations, which have all the derivatives that it has.
+
+    It may use torch.func and read the tensors of the environment, which are the last inputs of the result. Operations
+    are recorded after dispatch: a trace before it does not see the levels of transforms.
+    """
+
+    def trace() -> fx.GraphModule:
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        # Each is a tensor of its own: a trace takes what is the same object for the same value.
+        fakes = [_fake(list(map(describe_tensor, group)), mode) for group in (tensors, start, environment.tensors)]
+
+        def watched(tensors: list[Tensor], start: list[Tensor], lifted: list[Tensor]) -> list[Tensor]:
+            with _Watch({id(real): fake for real, fake in zip(environment.tensors, lifted, strict=True)}):
+                return walk(tensors, start)
+
+        functional: Any = torch.func.functionalize(watched, remove="mutations")
+        tracer = make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True, decomposition_table={})
+        return tracer(*fakes)
+
+    _refuse_nested()
+    try:
+        with _lock:
+            return isolated(trace)
+    except Exception as error:
+        if type(error).__name__ in _VALUE_DEPENDENT:
+            raise RuleError(
+                "a rule depends on the numbers inside a tensor (`if z.sum() > 0:`, `float(z)`), which are not known "
+                "when the walk is traced. Write it with torch.where, or walk operation by operation:\n\n"
+                "    lrpfunc.attribute(model_fn, rules, lowered=False)"
+            ) from error
+        raise
+    finally:
+        environment.forget(_is_fake)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -92,12 +92,17 @@ def _names(code: types.CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
 class Environment:
     """The values and tensors that `roots` can read.
 
+    Args:
+        roots: What to walk.
+        transformed: Whether there may be tensors that a transform has wrapped.
+
     Attributes:
         key: Equal for two walks if and only if nothing but the numbers inside tensors changed between them.
         tensors: The tensors met, each once, in an order that is the same for equal keys.
     """
 
-    def __init__(self, *roots: Any):
+    def __init__(self, *roots: Any, transformed: bool = False):
+        self._transformed = transformed
         self.tensors: list[Tensor] = []
         self._seen: dict[int, int] = {}
         self._keep: list[Any] = []  # what must outlive the walk, so that no id is reused during it
@@ -167,7 +172,7 @@ class Environment:
         return (type(obj), *(self._visit(item, f"{name}[{i}]") for i, item in enumerate(list(obj))))
 
     def _tensor(self, tensor: Tensor, name: str) -> Hashable:
-        if is_wrapped(tensor):
+        if is_wrapped(tensor) and not self._transformed:
             raise CaptureError(
                 f"the model function closes over `{name}`, a tensor of shape {tuple(tensor.shape)} that an outer "
                 "vmap, grad or jvp transforms. A closure cannot be traced apart from that transform. Pass the tensor "

@@ -11,14 +11,16 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from lrpfunc._arguments import Argnums
+from lrpfunc._call import Globs
 from lrpfunc._errors import CaptureError
+from lrpfunc._forward import relevance, walk
 from lrpfunc._layer import STRUCTURAL, BoundLayer, Layer
-from lrpfunc._message import Message
+from lrpfunc._message import Message, Multiplier
 from lrpfunc._operations import operation_name
-from lrpfunc._run import Globs
+from lrpfunc._propagate import assign
 from lrpfunc._target import Contrast, OneHot, Target, start
 from lrpfunc._torch import is_wrapped
-from lrpfunc._transform import Attribution, Rules, attribute, run_forward
+from lrpfunc._transform import Attribution, Rules, attribute, captured
 from lrpfunc.rules import Rule
 from lrpfunc.rules._plumbing import absorbed_by_several
 
@@ -204,7 +206,9 @@ def _refuse_abstract(values: Any) -> None:
 
 
 def _explanation(attribution: Attribution, args: Any, target: Any, kwargs: dict[str, Any]) -> Explanation:
-    forward = run_forward(attribution, args, kwargs)
+    call = captured(attribution, args, kwargs)
+    rules = assign(call.graph, call.composite)
+    values = call.program.run(call.arguments, call.closed)
     rows: list[Row] = []
 
     def observe(
@@ -213,16 +217,14 @@ def _explanation(attribution: Attribution, args: Any, target: Any, kwargs: dict[
         if not layer.layer.is_tap:
             rows.append(_row(layer, rule, messages, results))
 
-    messages = start(target, forward.output)
-    arrived = forward.walk(messages, observe)
-    leaves = pytree.tree_leaves(forward.output)
-    if forward.composite.cotangent:
-        begun = sum(_number((leaf * m.value).sum()) for m, leaf in zip(messages, leaves, strict=True) if m is not None)
-    else:
-        begun = sum(_number(m.relevance(leaf).sum()) for m, leaf in zip(messages, leaves, strict=True) if m is not None)
-    ends = forward.graph.starts
-    reached = sum(_number(arrived[n].relevance(forward.values[n]).sum()) for n in ends if n in arrived)
-    return Explanation(tuple(rows), begun, forward.answer(arrived), reached)
+    outputs = [values[node] for node in call.program.outputs]
+    messages = start(target, call.output(outputs))
+    arrived = walk(call, rules, values, messages, observe=observe)
+    if call.composite.cotangent:
+        messages = [Multiplier(message.value) for message in messages]
+    begun = sum(_number(m.relevance(output).sum()) for m, output in zip(messages, outputs, strict=True))
+    reached = sum(_number(arrived[n].relevance(values[n]).sum()) for n in call.graph.starts if n in arrived)
+    return Explanation(tuple(rows), begun, call.answer(relevance(call, arrived, values)), reached)
 
 
 def _row(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], results: tuple[Message | None, ...]) -> Row:

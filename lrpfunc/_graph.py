@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from lrpfunc import _operations as ops
+from lrpfunc._capture import Cache
 from lrpfunc._kinds import Nature, keeps_zero, nature_of, nonnegative
 from lrpfunc._layer import Kind, Layer, Role
 from lrpfunc._patterns import Reached, Tile, activation, normalization, softmax
@@ -31,6 +32,7 @@ class Graph:
         starts: The nodes at which relevance ends its way: those leaves, or the layers explained in their place.
         layers: In order of execution.
         entries: Where `layers=` may ask for relevance: name, leaves (`None`: no relevance there) and spec.
+        lowered: Programs made of the graph.
     """
 
     program: Program
@@ -39,6 +41,7 @@ class Graph:
     starts: list[fx.Node]
     layers: list[Layer]
     entries: list[tuple[str, list[fx.Node | None], Any]]
+    lowered: Cache[Any] = field(default_factory=lambda: Cache(16))
 
 
 def _reached(program: Program, seeds: Iterable[fx.Node]) -> set[fx.Node]:

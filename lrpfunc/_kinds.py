@@ -180,6 +180,16 @@ def _bounds_hold_zero(node: fx.Node, name: str) -> bool:
     return all(isinstance(n, (int, float)) for n in numbers) and numbers[0] <= 0 <= numbers[1]
 
 
+def finite(program: Program) -> set[fx.Node]:
+    """The nodes that no mask can have made infinite."""
+    known: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        name = ops.operation_name(node)
+        if name in ops.FINITE or (name in ops.KEEPS_FINITE and all(n in known for n in node.all_input_nodes)):
+            known.add(node)
+    return known
+
+
 def nonnegative(program: Program) -> set[fx.Node]:
     """The nodes whose values are known not to be negative, whatever the input."""
     known: set[fx.Node] = set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import Tensor, fx
 from lrpfunc import _operations as ops
 from lrpfunc._normalized import HELD
 from lrpfunc._simplify import Affine
-from lrpfunc._torch import is_differentiated, jvp, map_arg, vjp
-from lrpfunc._transpose import transpose_of
+from lrpfunc._torch import jvp, map_arg, vjp
 
 
 class Kind(enum.StrEnum):
@@ -106,6 +105,11 @@ class Layer:
         return output
 
     @property
+    def operands(self) -> int:
+        """How many tensors the operation reads, parameters included."""
+        return len({node for inner in self.nodes for node in inner.all_input_nodes} - set(self.nodes))
+
+    @property
     def places(self) -> int:
         """How many operands the inputs are: more than there are inputs in `x * x`."""
         operands = pytree.tree_leaves([(node.args, node.kwargs) for node in self.nodes])
@@ -131,10 +135,15 @@ class BoundLayer:
     Attributes:
         layer: The layer.
         values: The value of every node.
+        exact: Whether the VJPs may be differentiated, or vmapped over: without, they may run fused kernels.
+        rectified: The output after the ReLU that alone follows, if it let a multiplier pass: where the ReLU is off, the
+            multiplier is 0.
     """
 
     layer: Layer
     values: Mapping[fx.Node, Any]
+    exact: bool = True
+    rectified: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -163,13 +172,6 @@ class BoundLayer:
 
     def transpose(self, s: Tensor, weight: Tensor) -> Tensor:
         r""":math:`J_W^T(s)`, shaped like the input."""
-        found = self.layer.affine
-        assert found is not None
-        if len(self.layer.nodes) == 1 and not found.node.meta["autocast"]:
-            operands = (self.input, weight) if found.input < found.weight else (weight, self.input)
-            pull = transpose_of(ops.operation_name(found.node), operands, int(found.input > found.weight))
-            if pull is not None:
-                return pull(s.to(self.output.dtype))
         _, pullback = vjp(lambda x: self.affine(x, weight, None), self.input)
         return pullback(s.to(self.output.dtype))[0]
 
@@ -178,8 +180,8 @@ class BoundLayer:
         x = torch.zeros_like(self.input)
         return self.affine(x, torch.zeros_like(self.parameters[0]), bias)
 
-    def function(self, wrt: Sequence[fx.Node], *, exact: bool = False) -> Callable[..., Any]:
-        """The layer as a function of some of its operands, `exact` if its VJP has derivatives of its own."""
+    def function(self, wrt: Sequence[fx.Node]) -> Callable[..., Any]:
+        """The layer as a function of some of its operands."""
 
         def evaluate(*tensors: Tensor) -> Any:
             inner: dict[fx.Node, Any] = dict(zip(wrt, tensors, strict=True))
@@ -189,17 +191,17 @@ class BoundLayer:
 
             for node in self.layer.nodes:
                 args, kwargs = map_arg((node.args, node.kwargs), read)
-                inner[node] = ops.call(node, args, kwargs, walking=True, exact=exact)
+                inner[node] = ops.call(node, args, kwargs, exact=self.exact)
             return self._outputs(inner[self.layer.nodes[-1]])
 
         return evaluate
 
-    def signal_function(self, *, exact: bool = False) -> Callable[..., Any]:
+    def signal_function(self) -> Callable[..., Any]:
         """The layer as an affine function of its signals: statistics, gates and attention weights are held constant."""
         node = self.layer.nodes[-1]
         held = HELD.get(ops.operation_name(node))
         if held is None or len(self.layer.nodes) > 1:
-            return self.function(self.layer.signals, exact=exact)
+            return self.function(self.layer.signals)
         args, kwargs = map_arg((node.args, node.kwargs), self.values.__getitem__)
         return lambda x: self._outputs(held(x, *args, **kwargs))
 
@@ -211,40 +213,16 @@ class BoundLayer:
     def vjp(self, *cotangents: Tensor, wrt: Sequence[fx.Node] | None = None) -> tuple[Tensor, ...]:
         """The plain VJP, with respect to the inputs unless told otherwise."""
         wrt = self.layer.inputs if wrt is None else wrt
-        if pulled := self._without_forward(wrt, cotangents):
-            return pulled
-        return self._pull(self.function(wrt, exact=any(map(is_differentiated, cotangents))), wrt, cotangents)
+        return self._pull(self.function(wrt), wrt, cotangents)
 
     def signal_vjp(self, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         """The VJP of `signal_function`, one an input; `None` for inputs that are no signal."""
         signals = self.layer.signals
         if not signals:
             return (None,) * len(self.layer.inputs)
-        if pulled := self._without_forward(signals, cotangents):
-            return tuple(dict(zip(signals, pulled, strict=True)).get(node) for node in self.layer.inputs)
-        function = self.signal_function(exact=any(map(is_differentiated, cotangents)))
-        pulled = dict(zip(signals, self._pull(function, signals, cotangents), strict=True))
-        return tuple(pulled.get(node) for node in self.layer.inputs)
-
-    def _without_forward(self, wrt: Sequence[fx.Node], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        """The plain VJP, where it is known from the forward pass or by a formula."""
-        recorded: Any = self.values.get((self.layer.nodes[-1], "pullback"))  # type: ignore[call-overload]
-        if recorded is None or any(map(is_differentiated, cotangents)):
-            return self._transposed(wrt, cotangents)
-        pulled = dict(zip(self.layer.inputs, recorded(*cotangents), strict=True))
-        return tuple(pulled[node] for node in wrt) if pulled.keys() >= set(wrt) else None
-
-    def _transposed(self, wrt: Sequence[fx.Node], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        """The plain VJP of a matrix product, which needs no forward pass."""
-        node = self.layer.nodes[0]
-        if len(self.layer.nodes) > 1 or node.kwargs or node.meta["no_grad"] or node.meta["autocast"]:
-            return None
-        places = [[i for i, a in enumerate(node.args) if a is n] for n in wrt]
-        if any(len(p) != 1 for p in places):
-            return None
-        args, _ = map_arg((node.args, {}), self.values.__getitem__)
-        found = [transpose_of(ops.operation_name(node), args, place) for (place,) in places]
-        return tuple(pull(cotangents[0]) for pull in found if pull is not None) if all(found) else None
+        pulled = self._pull(self.signal_function(), signals, cotangents)
+        found = dict(zip(signals, pulled, strict=True))
+        return tuple(found.get(node) for node in self.layer.inputs)
 
     def _pull(
         self, function: Callable[..., Any], wrt: Sequence[fx.Node], cotangents: Sequence[Tensor]
@@ -254,7 +232,7 @@ class BoundLayer:
 
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The derivative in a direction, one tensor an output."""
-        tangent = jvp(self.function(self.layer.inputs, exact=True), self.inputs, tuple(tangents))
+        tangent = jvp(replace(self, exact=True).function(self.layer.inputs), self.inputs, tuple(tangents))
         return (tangent,) if isinstance(tangent, Tensor) else tangent
 
     def at_zero(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -216,6 +217,7 @@ SHAPED_LIKE: dict[str, tuple[Any, Any]] = {
 
 IN_WALK: dict[Any, Any] = {
     as_computed: written_out,
+    scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
     batch_norm_eval: batch_norm_affine,
     aten.index_put.default: index_put_winners,
     aten.scatter.src: scatter_winners,
@@ -241,23 +243,36 @@ def _surroundings(node: fx.Node) -> Iterator[None]:
         yield
 
 
-def call(node: fx.Node, args: Any, kwargs: Any, *, walking: bool = False, exact: bool = False) -> Any:
-    """Calls a node's operation, under the grad mode and autocast it was written under."""
-    target: Any = IN_WALK.get(node.target, node.target) if walking else node.target
-    if exact:
-        target = EXACT.get(target, target)
+def call(node: fx.Node, args: Any, kwargs: Any, *, exact: bool | None = None) -> Any:
+    """Calls a node's operation, under the grad mode and autocast it was written under.
+
+    The walk says whether it must be `exact`, that is, have derivatives of its VJP too.
+    """
+    target: Any = node.target
+    if exact is not None:
+        target = EXACT[target] if exact and target in EXACT else IN_WALK.get(target, target)
     if node.meta.get("no_grad") or node.meta.get("autocast"):
         with _surroundings(node):
             return target(*args, **kwargs)
     return target(*args, **kwargs)
 
 
+def _argument(node: fx.Node, name: str) -> Any:
+    """The argument of that name, `None` if it is left to its default."""
+    target: Any = node.target
+    schema = getattr(target, "_schema", None)
+    order = [a.name for a in schema.arguments] if schema else list(inspect.signature(target).parameters)
+    position = order.index(name) if name in order else len(node.args)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether calling the node again gives another result."""
     name = operation_name(node)
-    if name == "scaled_dot_product_attention":
-        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return bool(dropout)
+    if name.endswith("backward"):
+        return False
+    if "scaled_dot_product" in name:
+        return bool(_argument(node, "dropout_p"))
     if name in ("alpha_dropout", "feature_alpha_dropout"):
         return bool(node.args[1] and node.args[2])
     if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
@@ -377,3 +392,17 @@ KEEPS_SIGN = names(
     upsample_linear1d upsample_bilinear2d"""
 )
 """Their result is not negative where their first operand is not, whatever the others."""
+
+FINITE = (
+    MULTILINEAR | NORMALIZATION | names("softmax sigmoid tanh relu6 hardsigmoid hardtanh")
+)
+"""Their result is finite, though a mask may have made an operand infinite."""
+
+KEEPS_FINITE = (
+    SELECT
+    | WINNER
+    | AVERAGE
+    | LINEAR
+    | names("relu gelu silu elu leaky_relu mish hardswish softplus mul neg getitem dropout")
+) - names("where masked_fill pad constant_pad_nd masked_scatter slice_scatter overwrite copied index_fill as_computed")
+"""Their result is finite where their operands are."""

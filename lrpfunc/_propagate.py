@@ -12,7 +12,7 @@ from lrpfunc._graph import Graph
 from lrpfunc._layer import STRUCTURAL, BoundLayer, Kind, Layer
 from lrpfunc._message import Message, Multiplier, add
 from lrpfunc.composites import Composite, attn_lrp
-from lrpfunc.rules import Gradient, Rule
+from lrpfunc.rules import Gradient, Pass, Rule
 from lrpfunc.rules._plumbing import default_rule, several
 
 Observer = Callable[[BoundLayer, Rule, dict[fx.Node, Message], tuple[Message | None, ...]], None]
@@ -60,23 +60,26 @@ def propagate(
     graph: Graph,
     rules: Mapping[Layer, Rule],
     values: Mapping[fx.Node, Any],
-    start: Mapping[fx.Node, Message],
+    start: Iterable[tuple[fx.Node, Message]],
+    exact: bool,
     observe: Observer | None = None,
 ) -> dict[fx.Node, Message]:
     """Walks back from the messages at the outputs; gives the message at every node it came by."""
-    arriving: dict[fx.Node, list[Message]] = {node: [message] for node, message in start.items()}
+    arriving: dict[fx.Node, list[tuple[Message, Layer | None]]] = {}
     arrived: dict[fx.Node, Message] = {}
 
     def collect(nodes: Iterable[fx.Node | None]) -> dict[fx.Node, Message]:
-        met = {node: add(arriving.pop(node), values[node]) for node in nodes if node in arriving}
+        met = {n: add((m for m, _ in arriving[n]), values[n]) for n in nodes if n in arriving}
         arrived.update(met)
         return met
 
+    for node, message in start:
+        arriving.setdefault(node, []).append((message, None))
     for layer in reversed(graph.layers):
         messages = collect(layer.outputs)
         if not messages:
             continue
-        bound = BoundLayer(layer, values)
+        bound = BoundLayer(layer, values, exact, _rectified(layer, arriving, rules, values))
         if len(layer.outputs) == 1:
             results = rules[layer].apply(bound, messages[layer.output])
         else:
@@ -86,9 +89,24 @@ def propagate(
         # A parameter that is explained taps the layer: it takes nothing from what goes on to the inputs.
         for node, message in (*zip(layer.inputs, results, strict=True), *_tapped(bound, messages)):
             if message is not None:
-                arriving.setdefault(node, []).append(message)
-    collect(list(arriving))
+                arriving.setdefault(node, []).append((message, layer))
+    collect([node for node in arriving if node not in arrived])
     return arrived
+
+
+def _rectified(
+    layer: Layer,
+    arriving: Mapping[fx.Node, list[tuple[Message, Layer | None]]],
+    rules: Mapping[Layer, Rule],
+    values: Mapping[fx.Node, Any],
+) -> Tensor | None:
+    """The output of the ReLU that alone sent a message, if that is 0 wherever the ReLU is off."""
+    if len(layer.outputs) != 1 or len(arriving[layer.output]) != 1:
+        return None
+    ((message, sender),) = arriving[layer.output]
+    if sender is None or sender.operation != "relu" or not isinstance(message, Multiplier):
+        return None
+    return values[sender.output] if isinstance(rules[sender], (Pass, Gradient)) else None
 
 
 def _tapped(layer: BoundLayer, messages: dict[fx.Node, Message]) -> list[tuple[fx.Node, Message]]:

@@ -85,11 +85,20 @@ def contrast(plus: int | Tensor, minus: int | Tensor) -> Contrast:
     return Contrast(plus, minus)
 
 
-def start(target: Target | OneHot | Contrast, output: Any) -> list[Message | None]:
-    """The messages at the output's leaves; `None` where the leaf is no tensor."""
+def form(target: Target | OneHot | Contrast) -> type[Relevance] | type[Multiplier]:
+    """The form of the messages that `start` gives."""
+    if isinstance(target, OneHot):
+        return Multiplier if target.value is None else Relevance
+    if isinstance(target, Tensor) and target.is_floating_point():
+        return Relevance
+    return Relevance if callable(target) and not isinstance(target, (Contrast, Tensor)) else Multiplier
+
+
+def start(target: Target | OneHot | Contrast, output: Any) -> list[Message]:
+    """The messages at the tensors of the output."""
     leaves, spec = pytree.tree_flatten(output)
     if target is None:
-        return [Multiplier(torch.ones_like(leaf)) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        return [Multiplier(torch.ones_like(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
     if isinstance(target, (OneHot, Contrast)):
         return [target.start(_single(leaves, target))]
     if hasattr(target, "__index__") and not isinstance(target, (bool, Tensor)):
@@ -100,7 +109,7 @@ def start(target: Target | OneHot | Contrast, output: Any) -> list[Message | Non
     return relevances(value, leaves, spec)
 
 
-def relevances(value: Any, leaves: list[Any], spec: Any) -> list[Message | None]:
+def relevances(value: Any, leaves: list[Any], spec: Any) -> list[Message]:
     """A pytree of starting relevance, checked against the output it is for."""
     given, given_spec = pytree.tree_flatten(value)
     if given_spec != spec:
@@ -108,10 +117,9 @@ def relevances(value: Any, leaves: list[Any], spec: Any) -> list[Message | None]
             f"the starting relevance has the structure {given_spec}, the output has {spec}: give one tensor for each "
             "tensor of the output, in the same containers"
         )
-    messages: list[Message | None] = []
+    messages: list[Message] = []
     for relevance, leaf in zip(given, leaves, strict=True):
         if not isinstance(leaf, Tensor):
-            messages.append(None)
             continue
         if not isinstance(relevance, Tensor) or not relevance.is_floating_point():
             described = f"a {relevance.dtype} tensor" if isinstance(relevance, Tensor) else repr(relevance)

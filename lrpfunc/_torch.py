@@ -27,7 +27,7 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 def is_differentiated(tensor: Tensor) -> bool:
     """Whether somebody may take derivatives with respect to `tensor`, by torch.func or by autograd."""
-    return is_wrapped(tensor) or tensor.requires_grad or _has_tangent(tensor)
+    return is_wrapped(tensor) or (tensor.requires_grad and torch.is_grad_enabled()) or _has_tangent(tensor)
 
 
 def beyond_first_derivative(tensor: Tensor) -> bool:

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch.utils._pytree as pytree
+from torch import Tensor
 
 from lrpfunc._arguments import Argnums
+from lrpfunc._call import Call, Globs, capture_call
 from lrpfunc._equality import Description
 from lrpfunc._errors import InputError
-from lrpfunc._run import Globs, Run, run
-from lrpfunc._target import Contrast, OneHot, Target, relevances, start
+from lrpfunc._forward import op_by_op
+from lrpfunc._lower import lowered
+from lrpfunc._message import Relevance
+from lrpfunc._target import Contrast, OneHot, Target, form, relevances, start
 from lrpfunc.composites import Composite, Entry, as_composite
 
 Rules = Composite | Iterable[Entry] | None
@@ -29,24 +33,27 @@ class Attribution(Description):
     has_aux: bool
     layers: Globs
     inline_functions: bool
+    lowered: bool
     with_value: bool
 
     def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any:
-        forward = run_forward(self, args, kwargs)
-        relevance = forward.answer(forward.walk(start(target, forward.output)))
+        call = captured(self, args, kwargs)
+        forward = lowered(call, form(target), _tensors(target)) if self.lowered else op_by_op(call)
+        output = call.output(forward.outputs)
+        relevance = call.answer(forward.pull(start(target, output)))
         match self.with_value, self.has_aux:
             case False, False:
                 return relevance
             case False, True:
-                return relevance, forward.aux
+                return relevance, call.aux(forward.aux)
             case True, False:
-                return relevance, forward.output
+                return relevance, output
             case _:
-                return relevance, (forward.output, forward.aux)
+                return relevance, (output, call.aux(forward.aux))
 
 
-def run_forward(attribution: Attribution, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-    return run(
+def captured(attribution: Attribution, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    return capture_call(
         attribution.model_fn,
         attribution.rules,
         args,
@@ -58,6 +65,12 @@ def run_forward(attribution: Attribution, args: tuple[Any, ...], kwargs: dict[st
     )
 
 
+def _tensors(target: Any) -> list[Tensor]:
+    parts = (target.index, target.value) if isinstance(target, OneHot) else (target,)
+    parts = (target.plus, target.minus) if isinstance(target, Contrast) else parts
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
 def attribute(
     model_fn: Callable[..., Any],
     rules: Rules = None,
@@ -66,6 +79,7 @@ def attribute(
     has_aux: bool = False,
     layers: Globs = None,
     inline_functions: bool = False,
+    lowered: bool = True,
 ) -> Attribution:
     """Transforms a model function into one that explains it: the relevance of an argument for the output.
 
@@ -82,6 +96,8 @@ def attribute(
         layers: A glob, or several, on module paths, where relevance is wanted too; `*` crosses dots. In a function
             without modules, on the names that `explain` prints.
         inline_functions: Explain the forward of a custom `autograd.Function` instead of refusing it.
+        lowered: Run the forward pass and the walk as one flat program, made at the first call with tensors of such
+            shapes. `False` takes the operations and rules one at a time, so that a debugger can stop in a rule.
 
     Returns:
         `f(*args, target=None, **kwargs)`, which returns relevance shaped like `args[argnums]` (a tuple for a tuple);
@@ -113,7 +129,7 @@ def attribute(
         S. Bach et al., "On pixel-wise explanations for non-linear classifier decisions by layer-wise relevance
         propagation", PLOS ONE 10(7), 2015.
     """
-    return _attribution(model_fn, rules, argnums, has_aux, layers, inline_functions, with_value=False)
+    return _attribution(model_fn, rules, argnums, has_aux, layers, inline_functions, lowered, with_value=False)
 
 
 def attribute_and_value(
@@ -124,6 +140,7 @@ def attribute_and_value(
     has_aux: bool = False,
     layers: Globs = None,
     inline_functions: bool = False,
+    lowered: bool = True,
 ) -> Attribution:
     """Like `attribute`, and returns the model's output as well, from the same single forward pass.
 
@@ -134,6 +151,7 @@ def attribute_and_value(
         has_aux: As for `attribute`.
         layers: As for `attribute`.
         inline_functions: As for `attribute`.
+        lowered: As for `attribute`.
 
     Returns:
         A function that returns `(relevance, output)`; with `has_aux`, `(relevance, (output, aux))`, in the order of
@@ -145,7 +163,7 @@ def attribute_and_value(
         >>> fn(torch.ones(2, 1), torch.tensor([[1.0, 3.0]]), target=0)
         (tensor([[1.0000, 3.0000]]), tensor([[4.]]))
     """
-    return _attribution(model_fn, rules, argnums, has_aux, layers, inline_functions, with_value=True)
+    return _attribution(model_fn, rules, argnums, has_aux, layers, inline_functions, lowered, with_value=True)
 
 
 def _attribution(
@@ -155,6 +173,7 @@ def _attribution(
     has_aux: bool,
     layers: Globs,
     inline_functions: bool,
+    lowered: bool,
     *,
     with_value: bool,
 ) -> Attribution:
@@ -165,7 +184,7 @@ def _attribution(
         )
     argnums = argnums if isinstance(argnums, int) else tuple(argnums)
     layers = layers if layers is None or isinstance(layers, str) else tuple(layers)
-    return Attribution(model_fn, as_composite(rules), argnums, has_aux, layers, inline_functions, with_value)
+    return Attribution(model_fn, as_composite(rules), argnums, has_aux, layers, inline_functions, lowered, with_value)
 
 
 def vjp(
@@ -199,12 +218,13 @@ def vjp(
         <BLANKLINE>
                 [[0.0000, 3.0000]]])
     """
-    attribution = _attribution(model_fn, rules, argnums, has_aux, None, False, with_value=False)
-    forward = run_forward(attribution, primals, kwargs)
-    output = forward.output
+    attribution = _attribution(model_fn, rules, argnums, has_aux, None, False, True, with_value=False)
+    call = captured(attribution, primals, kwargs)
+    forward = lowered(call, Relevance, reuse=True)
+    output = call.output(forward.outputs)
     leaves, spec = pytree.tree_flatten(output)
 
     def pullback(relevance: Any) -> Any:
-        return forward.answer(forward.walk(relevances(relevance, leaves, spec)))
+        return call.answer(forward.pull(relevances(relevance, leaves, spec)))
 
-    return (output, pullback, forward.aux) if has_aux else (output, pullback)
+    return (output, pullback, call.aux(forward.aux)) if has_aux else (output, pullback)

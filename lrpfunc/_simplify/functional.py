@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from lrpfunc._operations import (
     zeroed,
 )
 from lrpfunc._simplify.expand import EXPANSIONS
-from lrpfunc._torch import is_differentiated, map_arg, vjp
+from lrpfunc._torch import map_arg
 
 
 @dataclass(eq=False)
@@ -60,34 +60,25 @@ class Program:
     aux_spec: tuple[list[Any], Any]
     modules: list[tuple[str, list[fx.Node | None], Any]]
 
-    def run(
-        self, leaves: Sequence[Tensor], environment: Sequence[Tensor], pulled: Mapping[fx.Node, Sequence[fx.Node]]
-    ) -> dict[Any, Any]:
-        """The value of every node: the forward pass, as the model wrote it.
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All that has a value, in order: the inputs, and the operations."""
+        operations = (node for node in self.graph.nodes if node.op == "call_function")
+        return [*self.inputs, *(node for node, _ in self.closed), *operations]
 
-        For the nodes `pulled`, with the operands given there, `(node, "pullback")` has what pulls back through this
-        very evaluation, unless derivatives are taken, which fused kernels do not have.
-        """
-        values: dict[Any, Any] = dict(zip(self.inputs, leaves, strict=True))
-        for node, source in self.closed:
-            values[node] = environment[source] if isinstance(source, int) else source
+    def run(self, leaves: Sequence[Tensor], environment: Sequence[Tensor]) -> dict[fx.Node, Any]:
+        """The value of every node: the forward pass, as the model wrote it."""
+        values: dict[fx.Node, Any] = dict(zip(self.inputs, leaves, strict=True))
+        values.update(zip((node for node, _ in self.closed), self.enclosed(environment), strict=True))
         for node in self.graph.nodes:
             if node.op == "call_function":
-                if node in pulled and not any(is_differentiated(values[n]) for n in pulled[node]):
-                    values[node], values[node, "pullback"] = _with_pullback(node, values, pulled[node])
-                    continue
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = call(node, args, kwargs)
         return values
 
-
-def _with_pullback(node: fx.Node, values: Mapping[Any, Any], operands: Sequence[fx.Node]) -> tuple[Any, Any]:
-    def evaluate(*tensors: Tensor) -> Any:
-        given = dict(zip(operands, tensors, strict=True))
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: given[n] if n in given else values[n])
-        return call(node, args, kwargs)
-
-    return vjp(evaluate, *(values[n] for n in operands))
+    def enclosed(self, environment: Sequence[Tensor]) -> list[Tensor]:
+        """The closed-over tensors, of which the environment has those that are read anew at each call."""
+        return [environment[source] if isinstance(source, int) else source for _, source in self.closed]
 
 
 @dataclass(frozen=True)

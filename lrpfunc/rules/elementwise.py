@@ -12,6 +12,7 @@ from torch import Tensor
 from lrpfunc._layer import BoundLayer, Kind, Layer
 from lrpfunc._message import Message, Multiplier, Relevance, divide
 from lrpfunc._operations import HOMOGENEOUS
+from lrpfunc._torch import vjp
 from lrpfunc.rules._rule import Form, Rule
 
 
@@ -51,10 +52,18 @@ class Pass(Rule):
         if not layer.layer.keeps_zero:
             return (Relevance(message.relevance(layer.output)),)
         x = layer.input
-        (slope,) = layer.vjp(torch.ones_like(layer.output))
-        # At 0, f(x) / x is f'(0), and its derivative f''(0) / 2.
-        slope = (slope + slope.detach()) / 2
-        return (Multiplier(message.value * torch.where(x == 0, slope, divide(layer.output, x))),)
+        return (Multiplier(message.value * torch.where(x == 0, self._at_zero(layer), divide(layer.output, x))),)
+
+    @staticmethod
+    def _at_zero(layer: BoundLayer) -> Tensor:
+        """The limit of `f(x) / x` at 0, which is `f'(0)`, with its derivative, which is `f''(0) / 2`."""
+        x = layer.input
+        if layer.layer.operands > 1:  # parameters that may differ from element to element
+            (slope,) = layer.vjp(torch.ones_like(x))
+            return (slope + slope.detach()) / 2
+        function, one = layer.function(layer.layer.inputs), x.new_ones(())
+        slope, pull = vjp(lambda zero: vjp(function, zero)[1](one)[0], x.new_zeros(()))
+        return slope + pull(one)[0] / 2 * x if layer.exact else slope
 
     def objection(self, layer: Layer) -> str | None:
         return _needs_pointwise(self, layer)

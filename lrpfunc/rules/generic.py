@@ -113,8 +113,10 @@ class Uniform(Rule):
         if _adds(layer.layer):
             share = message.relevance(layer.output) / len(layer.inputs)
             return tuple(Relevance(batched_sum_to(share, x.shape)) for x in layer.inputs)
-        pulled = layer.vjp(message.multiplier(layer.output))
-        return tuple(Multiplier(share * m) for share, m in zip(_shares(layer.layer), pulled, strict=True))
+        shares = _shares(layer.layer)
+        largest = max(shares)
+        pulled = layer.vjp(largest * message.multiplier(layer.output))
+        return tuple(Multiplier(m if s == largest else s / largest * m) for s, m in zip(shares, pulled, strict=True))
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         if _adds(layer.layer):

@@ -1,4 +1,4 @@
-"""One forward pass of a model function, ready to be explained: capture, graph, rules and values together."""
+"""One call of a model function, captured: its graph, and the tensors it is called with."""
 
 from __future__ import annotations
 
@@ -14,14 +14,10 @@ from lrpfunc._arguments import Argnums, Explained, path_name
 from lrpfunc._capture import Cache, Trace, capture
 from lrpfunc._errors import CaptureError, InputError, LayerNotFoundError, NoPathError
 from lrpfunc._graph import Graph, build_graph
-from lrpfunc._layer import Kind, Layer
-from lrpfunc._message import Message, Multiplier, add
+from lrpfunc._layer import Layer
 from lrpfunc._operations import is_random
-from lrpfunc._propagate import Observer, assign, propagate
 from lrpfunc._simplify import Program, functional
-from lrpfunc._torch import uncompiled
 from lrpfunc.composites import Composite
-from lrpfunc.rules import Rule
 
 Globs = str | Sequence[str] | None
 
@@ -38,74 +34,58 @@ _cache: Cache[_Built] = Cache(128)
 
 
 @dataclass(eq=False)
-class Run:
-    """A forward pass and the rules to walk back by.
+class Call:
+    """A model function, the rules to explain it by, and the tensors of one call.
 
     Attributes:
-        values: The value of every node of the program.
+        arguments: The tensors among the arguments.
+        closed: The tensors that the function closes over.
+        explained: The nodes of what is explained and its structure; `None` for an integer.
         selected: What `layers=` asked for: name, nodes and the structure of the module's output.
     """
 
     graph: Graph
     composite: Composite
-    rules: dict[Layer, Rule]
-    values: dict[fx.Node, Any]
-    selected: list[tuple[str, list[fx.Node | None], Any]]
+    arguments: list[Tensor]
+    closed: list[Tensor]
     explained: tuple[list[fx.Node | None], Any]
+    selected: list[tuple[str, list[fx.Node | None], Any]]
 
     @property
-    def output(self) -> Any:
-        return _rebuild(self.graph.program.outputs, self.graph.program.output_spec, self.values)
+    def program(self) -> Program:
+        return self.graph.program
+
+    def output(self, tensors: Sequence[Tensor]) -> Any:
+        return _rebuild(tensors, *self.program.output_spec)
+
+    def aux(self, tensors: Sequence[Tensor]) -> Any:
+        return _rebuild(tensors, *self.program.aux_spec)
 
     @property
-    def aux(self) -> Any:
-        return _rebuild(self.graph.program.aux, self.graph.program.aux_spec, self.values)
+    def requested(self) -> tuple[fx.Node, ...]:
+        """The nodes whose relevance is asked for."""
+        leaves = [*self.explained[0], *(leaf for _, leaves, _ in self.selected for leaf in leaves)]
+        return tuple(leaf for leaf in leaves if leaf is not None)
 
-    @uncompiled
-    def walk(self, start: Sequence[Message | None], observe: Observer | None = None) -> dict[fx.Node, Message]:
-        """The message at every node, from those at the tensors of the output."""
-        messages: dict[fx.Node, Message] = {}
-        for node, message in zip(self._output_nodes(), start, strict=True):
-            if node is not None and message is not None:
-                if self.composite.cotangent:
-                    message = Multiplier(message.value)
-                messages[node] = message if node not in messages else add((messages[node], message), self.values[node])
-        return propagate(self.graph, self.rules, self.values, messages, observe)
+    def answer(self, relevance: Sequence[Tensor]) -> Any:
+        """What `attribute` returns, from the relevance of the nodes requested."""
+        found = iter(relevance)
 
-    def _output_nodes(self) -> list[fx.Node | None]:
-        nodes = iter(self.graph.program.outputs)
-        return [next(nodes) if leaf is None else None for leaf in self.graph.program.output_spec[0]]
+        def shaped(leaves: list[fx.Node | None], spec: Any) -> Any:
+            return pytree.tree_unflatten([None if leaf is None else next(found) for leaf in leaves], spec)
 
-    def answer(self, arrived: dict[fx.Node, Message]) -> Any:
-        """What `attribute` returns: relevance shaped like the explained arguments, and that of the selected layers."""
-        nodes, spec = self.explained
-        relevance = pytree.tree_unflatten([self._relevance(node, arrived) for node in nodes], spec)
+        explained = shaped(*self.explained)
         if not self.selected:
-            return relevance
-        layers = {}
-        for name, leaves, leaf_spec in self.selected:
-            layers[name] = pytree.tree_unflatten([self._relevance(leaf, arrived) for leaf in leaves], leaf_spec)
-        return relevance, layers
-
-    def _relevance(self, node: fx.Node | None, arrived: dict[fx.Node, Message]) -> Tensor | None:
-        if node is None:
-            return None
-        value = self.values[node]
-        if node not in arrived:
-            return value.new_zeros(value.shape)
-        message = arrived[node]
-        return (message.multiplier(value) if self.composite.cotangent else message.relevance(value)).to(value.dtype)
+            return explained
+        return explained, {name: shaped(leaves, spec) for name, leaves, spec in self.selected}
 
 
-def _rebuild(nodes: list[fx.Node], described: tuple[list[Any], Any], values: dict[fx.Node, Any]) -> Any:
-    leaves, spec = described
-    found = iter(nodes)
-    return pytree.tree_unflatten([values[next(found)] if leaf is None else leaf[0] for leaf in leaves], spec)
+def _rebuild(tensors: Sequence[Tensor], leaves: list[Any], spec: Any) -> Any:
+    found = iter(tensors)
+    return pytree.tree_unflatten([next(found) if leaf is None else leaf[0] for leaf in leaves], spec)
 
 
-# Dynamo follows some of the walk and stumbles over the levels of its VJPs; a graph break around it is always right.
-@uncompiled
-def run(
+def capture_call(
     model_fn: Callable[..., Any],
     composite: Composite,
     args: tuple[Any, ...],
@@ -115,8 +95,8 @@ def run(
     has_aux: bool,
     layers: Globs,
     inline_functions: bool,
-) -> Run:
-    """Runs the model function once, on the arguments as they are, and assigns the rules."""
+) -> Call:
+    """Captures the model function, unless it has been, and finds what is explained in it."""
     globs = (layers,) if isinstance(layers, str) else tuple(layers or ())
     explained = Explained(args, argnums, bool(globs))
     built, leaves, closed = capture(
@@ -128,11 +108,7 @@ def run(
         _name_inputs(built.program, args)
         graph = _build_graph(built.program, explained, globs)
         built.graphs.put(key, graph)
-    rules = assign(graph, composite)
-    selected = _selected(graph, globs)
-    attention = {layer.output: layer.inputs for layer in graph.layers if layer.kind is Kind.ATTENTION}
-    values = built.program.run(leaves, closed, attention)
-    return Run(graph, composite, rules, values, selected, (graph.sources, explained.spec))
+    return Call(graph, composite, leaves, closed, (graph.sources, explained.spec), _selected(graph, globs))
 
 
 def _name_inputs(program: Program, args: tuple[Any, ...]) -> None:

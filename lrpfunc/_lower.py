@@ -1,0 +1,115 @@
+"""The forward pass and the walk back as one flat program of plain operations, cut where relevance starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from lrpfunc._call import Call
+from lrpfunc._capture import retrace
+from lrpfunc._environment import Environment
+from lrpfunc._forward import Forward, relevance, walk
+from lrpfunc._joint import cut, join, simplify
+from lrpfunc._layer import BoundLayer, Layer
+from lrpfunc._message import Message
+from lrpfunc._operations import EXACT, IN_WALK, scaled_dot_product_attention
+from lrpfunc._propagate import assign
+from lrpfunc._torch import is_differentiated, vjp
+
+
+@dataclass(eq=False)
+class _Lowered:
+    """Two programs: from the inputs to the outputs and what the walk needs, and from that to relevance."""
+
+    forward: fx.GraphModule
+    walk: fx.GraphModule
+
+
+def lowered(
+    call: Call, form: type[Message], given: Sequence[Tensor] = (), *, reuse: bool = False, exact: bool = False
+) -> Forward:
+    """The forward pass and the walk as flat programs, built at the first call for a signature.
+
+    Args:
+        call: What to run.
+        form: The form of the messages that relevance will start with.
+        given: The tensors, if they are known, that those are made of.
+        reuse: Whether the walk will be taken several times: what it always computes is then computed once.
+        exact: Whether the walk must have all derivatives, though no tensor known so far is differentiated.
+    """
+    environment = Environment(call.composite, transformed=True)
+    inputs = [*call.arguments, *call.program.enclosed(call.closed), *environment.tensors]
+    exact = exact or reuse or any(map(is_differentiated, (*inputs, *given)))
+    key = (environment.key, form, call.requested, exact, reuse)
+    programs = call.graph.lowered.get(key)
+    if programs is None:
+        programs = _lower(call, environment, form, exact, reuse)
+        call.graph.lowered.put(key, programs)
+    results = programs.forward(inputs)
+    ends = len(call.program.outputs), len(call.program.outputs) + len(call.program.aux)
+    outputs, aux, saved = list(results[: ends[0]]), list(results[ends[0] : ends[1]]), list(results[ends[1] :])
+    del results
+
+    def pull(start: Sequence[Message]) -> list[Tensor]:
+        if not exact and any(is_differentiated(message.value) for message in start):
+            return lowered(call, form, exact=True).pull(start)
+        needed = [*saved, *(message.value for message in start)]
+        if not reuse:
+            saved.clear()  # so that the walk can free each tensor that it is past
+        return list(programs.walk(needed))
+
+    return Forward(outputs, aux, pull)
+
+
+def _lower(call: Call, environment: Environment, form: type[Message], exact: bool, reuse: bool) -> _Lowered:
+    program, graph = call.program, call.graph
+    nodes = program.nodes
+    values, spec = pytree.tree_flatten([node.meta["val"] for node in nodes])
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    shared = [layer for layer in graph.layers if _can_share(layer, exact)]
+
+    def traced(tensors: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+        given = dict(zip(places, tensors, strict=True))
+        filled = pytree.tree_unflatten([given.get(i, value) for i, value in enumerate(values)], spec)
+        known = dict(zip(nodes, filled, strict=True))
+        messages = [form(m) for m in start]  # type: ignore[call-arg]
+        arrived = walk(call, assign(graph, call.composite), known, messages, exact=exact)
+        return [*relevance(call, arrived, known), *(_evaluated(layer, known, exact) for layer in shared)]
+
+    starts = [node.meta["val"] for node in program.outputs]
+    module = retrace(traced, [values[place] for place in places], starts, environment)
+    joint = join(program, list(_leaves(nodes)), module, [layer.output for layer in shared])
+    simplify(joint)
+    return _Lowered(*cut(joint, reuse))
+
+
+def _leaves(nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, int | None]]:
+    """The tensors among the values of `nodes`: the node, and the place in its result if that has several."""
+    for node in nodes:
+        if isinstance(node.meta["val"], Tensor):
+            yield node, None
+        elif isinstance(node.meta["val"], (list, tuple)):
+            yield from ((node, place) for place, value in enumerate(node.meta["val"]) if isinstance(value, Tensor))
+
+
+# An operation may compute more than its output, such as the indices of a maximum, which its VJP computes anew. If the
+# forward pass is made to keep that, the walk need not.
+
+
+def _can_share(layer: Layer, exact: bool) -> bool:
+    node = layer.nodes[0]
+    if len(layer.nodes) > 1 or len(layer.outputs) > 1 or layer.affine is not None or node.meta["autocast"]:
+        return False
+    if node.target is scaled_dot_product_attention:
+        return not exact
+    return node.target not in IN_WALK and node.target not in EXACT
+
+
+def _evaluated(layer: Layer, values: Any, exact: bool) -> Tensor:
+    bound = BoundLayer(layer, values, exact)
+    output, _ = vjp(bound.function(layer.inputs), *bound.inputs)
+    return output if isinstance(output, Tensor) else output[0]
