@@ -246,6 +246,30 @@ def test_one_side_of_cross_attention(rules: str, argnums: Any) -> None:
     assert explanation.relevance_in != 0
 
 
+KEEPING = lrp.TaylorSoftmax("distribute")
+
+
+@pytest.mark.parametrize("rules", [lrp.attn_lrp(), lrp.gradient()])
+@pytest.mark.parametrize("rule", [KEEPING, lrp.Stop(), 0.5 * lrp.TaylorSoftmax()])
+def test_a_rule_for_softmax_does_not_pass_by_fused_attention(rule: lrp.Rule, rules: lrp.Composite) -> None:
+    """What serves fused attention would do something else than what serves it written out."""
+    ours, theirs = both(lambda attend, x: attend(x, x, x))
+    x, rules = normal(2, 3, 3), in_front(lrp.Softmax, rule, rules)
+    with pytest.raises(lrp.RuleError, match=r"(?s)softmax inside, .*attention.*rules = \[\(lrp.Attention, lrp.Uniform"):
+        lrp.attribute(ours, rules)(None, x)
+    assert lrp.attribute(theirs, rules)(None, x).shape == x.shape
+    assert lrp.attribute(ours, in_front(lrp.Attention, lrp.Uniform(), rules))(None, x).shape == x.shape
+
+
+@pytest.mark.parametrize("rule", [lrp.TaylorSoftmax(), lrp.Gradient(), KEEPING])
+def test_rules_for_softmax_that_change_nothing_inside_fused_attention(rule: lrp.Rule) -> None:
+    """Those that absorb, and any where the weights are held constant."""
+    rules = in_front(lrp.Softmax, rule, lrp.cp_lrp() if rule == KEEPING else lrp.attn_lrp())
+    x = normal(2, 3, 3)
+    results = [lrp.attribute(f, rules)(None, x) for f in both(lambda attend, x: attend(x, x, x))]
+    assert largest_difference(*results) < 1e-12
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The expansion of the softmax
 
