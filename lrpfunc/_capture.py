@@ -108,6 +108,16 @@ def isolated(fn: Callable[[], T]) -> T:
 _DATA: Any = torch.Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
+_PACKED = (
+    "the model function packs sequences (pack_padded_sequence or pack_sequence), and what a recurrent network does "
+    "with those depends on the numbers in their lengths, which a trace does not see. Give it the padded batch, and "
+    "read each sequence where it ends; padding comes after that and changes nothing:\n\n"
+    "    states, _ = rnn(x)  # batch_first=True\n"
+    "    last = states[torch.arange(len(x)), lengths - 1]\n\n"
+    "A bidirectional network reads the padding first: explain sequences of one length at a time, without packing"
+)
+
+
 class _Watch(TorchFunctionMode):
     """Sees what a trace cannot show, and keeps it away from real tensors.
 
@@ -128,7 +138,10 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.transforms |= inside_transform()
-        if getattr(func, "__name__", "") in self._READS and not isinstance(args[0], FakeTensor):
+        name = getattr(func, "__name__", "")
+        if name == "_pack_padded_sequence":
+            raise CaptureError(_PACKED)
+        if name in self._READS and not isinstance(args[0], FakeTensor):
             self.reads = True  # a number became part of the program: it must not be used again
             with _disable_current_modes():
                 return func(*args, **(kwargs or {}))

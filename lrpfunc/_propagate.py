@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lrpfunc._errors import RuleError, UncoveredLayerError
+from lrpfunc._errors import NoPathError, RuleError, UncoveredLayerError
 from lrpfunc._graph import Graph
 from lrpfunc._layer import STRUCTURAL, BoundLayer, Kind, Layer
 from lrpfunc._message import Message, Multiplier, add
@@ -47,6 +47,9 @@ def assign(graph: Graph, composite: Composite) -> dict[Layer, Rule]:
         )
     if uncovered:
         raise _uncovered(uncovered)
+    softmaxes = [layer for layer in rules if layer.kind not in STRUCTURAL]
+    if {layer.kind for layer in softmaxes} == {Kind.SOFTMAX} and needed.isdisjoint({*graph.starts, *graph.sources}):
+        raise _stopped_at_once(softmaxes[0])
     return rules
 
 
@@ -138,6 +141,14 @@ def _uncovered(layers: list[Layer]) -> UncoveredLayerError:
         f"{_counted(len(layers), 'layer')} {verb} not linear and no rule covers {'it' if verb == 'is' else 'them'}:\n\n"
         f"{table}\n\nRelevance would be lost or invented there. Add rules in front of yours, for example\n\n"
         f"    rules = {_covering(layers)} + rules"
+    )
+
+
+def _stopped_at_once(softmax: Layer) -> NoPathError:
+    return NoPathError(
+        f"the output is a softmax\n\n    {softmax}\n\nand the rules stop all relevance there, as those of cp_lrp() do "
+        "for attention weights. Explain the logits: return them in place of the softmax, or let relevance through:\n\n"
+        "    rules = [(lrp.Softmax, lrp.TaylorSoftmax())] + rules"
     )
 
 

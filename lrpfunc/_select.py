@@ -232,7 +232,7 @@ Sum: Selector = _OfKind(Kind.SUM)
 """Sums of activations, residual connections for example, and along an axis."""
 
 Softmax: Selector = _OfKind(Kind.SOFTMAX)
-"""Softmax, log-softmax and logsumexp, native or written out."""
+"""Softmax, log-softmax and logsumexp, native or written out; the one inside fused attention is part of `Attention`."""
 
 Attention: Selector = _OfKind(Kind.ATTENTION)
 """Fused scaled dot product attention; written out it is products and a softmax."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from torch import Tensor
 
 from lrpfunc._equality import Description
-from lrpfunc._layer import Layer
+from lrpfunc._errors import RuleError
+from lrpfunc._layer import Kind, Layer
 from lrpfunc._message import Stabilizer
 from lrpfunc._select import (
     Activation,
@@ -103,7 +104,26 @@ class Composite(Description):
 
     def rule_for(self, layer: Layer) -> Rule | None:
         """The rule of the first entry that matches."""
-        return next((rule for selector, rule in self.entries if selector(layer)), None)
+        rule = next((rule for selector, rule in self.entries if selector(layer)), None)
+        if layer.kind is Kind.ATTENTION and (rule or self.cotangent):
+            self._check_softmax_inside(layer, rule or Gradient())
+        return rule
+
+    def _check_softmax_inside(self, attention: Layer, rule: Rule) -> None:
+        """Refuses an entry for softmax that decides where attention is written out, and not where it is fused."""
+        softmax = replace(attention, kind=Kind.SOFTMAX, operation="softmax")
+        entries = (r for selector, r in self.entries if selector(attention) or selector(softmax))
+        decides = next(entries, rule)
+        absorbs = decides == Gradient() or (isinstance(decides, TaylorSoftmax) and decides.bias == "absorb")
+        if decides is rule or absorbs or set(rule.receivers(attention)) <= set(attention.signals):
+            return
+        raise RuleError(
+            f"fused attention has a softmax inside, which the composite gives {decides!r}. There it does not reach:\n\n"
+            f"    {attention}\n        {rule!r}\n\n"
+            'Write the attention out (attn_implementation="eager" in transformers, need_weights=True in a '
+            "torch.nn.MultiheadAttention), or say in front what serves it whole, for example\n\n"
+            "    rules = [(lrp.Attention, lrp.Uniform())] + rules"
+        )
 
 
 def as_composite(rules: Composite | Iterable[Entry] | None) -> Composite:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import lrpfunc as lrp
@@ -180,6 +181,38 @@ def test_the_output_must_be_floating_point_tensors() -> None:
 def test_no_path_from_the_input(f: Any) -> None:
     with pytest.raises(lrp.NoPathError, match="the output does not depend on what should be explained"):
         lrp.attribute(f, lrp.epsilon())(W, X)
+
+
+@pytest.mark.parametrize("f", [lambda z: z.softmax(-1), lambda z: -z.log_softmax(-1), lambda z: z.softmax(-1)[:, 1:]])
+def test_an_output_that_the_rules_hold_constant(f: Any) -> None:
+    """Relevance of zero everywhere explains nothing; another output may still have some."""
+    message = r"(?s)the output is a softmax.*softmax   .*Explain the logits.*\[\(lrp.Softmax, lrp.TaylorSoftmax\(\)\)\]"
+    with pytest.raises(lrp.NoPathError, match=message):
+        lrp.attribute(lambda w, x: f(x @ w), lrp.cp_lrp())(W, X)
+    for model_fn in (lambda w, x: (x @ w, f(x @ w)), lambda w, x: f(x @ w) * x[:, :1]):
+        assert lrp.attribute(model_fn, lrp.cp_lrp())(W, X).abs().max() > 0
+    covered = [(lrp.Softmax, lrp.TaylorSoftmax()), *lrp.cp_lrp()]
+    assert lrp.attribute(lambda w, x: f(x @ w), covered)(W, X).abs().max() > 0
+
+
+@pytest.mark.parametrize("network", [nn.LSTM, nn.GRU, nn.RNN])
+def test_packed_sequences(network: Any) -> None:
+    rnn = randomized(network(3, 2, batch_first=True))
+    lengths, x = torch.tensor([4, 2]), normal(2, 4, 3)
+
+    def packed(_: Any, x: Tensor) -> Tensor:
+        _, last = rnn(pack_padded_sequence(x, lengths, batch_first=True))
+        return (last[0] if isinstance(last, tuple) else last)[-1]
+
+    def padded(_: Any, x: Tensor) -> Tensor:
+        states, _ = rnn(x)
+        return states[torch.arange(len(x)), lengths - 1]
+
+    with pytest.raises(lrp.CaptureError, match=r"packs sequences .*\n\n    states, _ = rnn\(x\) .*\n.*lengths - 1\]"):
+        lrp.attribute(packed)(None, x)
+    relevance, value = lrp.attribute_and_value(padded)(None, x)
+    assert torch.allclose(value, packed(None, x))
+    assert relevance[1, 2:].abs().max() == 0 < relevance[1, 1].abs().max()
 
 
 def test_data_where_parameters_are_expected() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from lrpfunc._equality import Description
 from lrpfunc._layer import BoundLayer, Layer
-from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer, add, as_stabilizer, divide, scale
+from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer, add, as_stabilizer, carried, divide, scale
 
 Form = Literal["relevance", "multiplier", "either"]
 ZeroParams = str | Iterable[str] | None
@@ -221,10 +221,15 @@ class Quotient:
         return cls(relevance, z, denominator, divide(relevance, denominator))
 
     def absorbed(self, layer: BoundLayer, bias: Tensor | None) -> dict[str, Tensor]:
-        """What the bias and the stabilizer take, and what is lost because nothing contributes, `z = 0`."""
-        by_bias = self.s.new_zeros(()) if bias is None else (self.s * layer.shift(bias)).sum()
-        rest = torch.where(self.denominator == 0, self.relevance, self.s * (self.denominator - self.z))
-        empty = self.z == 0
+        """What the bias and the stabilizer take, and what is lost because nothing contributes.
+
+        To `z = 0` nothing does, and to an infinite one, of a mask, nothing finite.
+        """
+        by_bias = self.s.new_zeros(()) if bias is None else (self.s * carried(layer.shift(bias))).sum()
+        infinite = self.z.isinf()
+        all_lost = (self.denominator == 0) | infinite
+        rest = torch.where(all_lost, self.relevance, self.s * (self.denominator - self.z))
+        empty = (self.z == 0) | infinite
         return {
             "bias": by_bias,
             "stabilizer": torch.where(empty, 0, rest).sum(),

@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from lrpfunc._layer import BoundLayer, Layer
-from lrpfunc._message import Message, Multiplier, Stabilizer
+from lrpfunc._message import Message, Multiplier, Stabilizer, carried
 from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_linear, needs_parameters
 
 
@@ -54,7 +54,7 @@ class Epsilon(Rule):
         quotient = self._quotient(layer, message)
         if layer.layer.affine is not None:
             return quotient.absorbed(layer, kept(layer, self.zero_params)[1])
-        return {**quotient.absorbed(layer, None), "constants": (quotient.s * layer.at_zero()).sum()}
+        return {**quotient.absorbed(layer, None), "constants": (quotient.s * carried(layer.at_zero())).sum()}
 
     def _quotient(self, layer: BoundLayer, message: Message) -> Quotient:
         z = layer.affine(layer.input, *kept(layer, self.zero_params)) if self.zero_params else layer.output

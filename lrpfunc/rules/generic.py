@@ -121,11 +121,11 @@ class Uniform(Rule):
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
         if _adds(layer.layer):
             return {}
-        weighted = [share * x for share, x in zip(_shares(layer.layer), layer.inputs, strict=True)]
+        weighted = [share * carried(x) for share, x in zip(_shares(layer.layer), layer.inputs, strict=True)]
         (shared,) = layer.jvp(weighted)
         m = message.multiplier(layer.output)
         return {
-            "nonlinearity": (m * (layer.output - shared)).sum(),
+            "nonlinearity": (m * (carried(layer.output) - shared)).sum(),
             "conversion": message.unconvertible(layer.output).sum(),
         }
 

@@ -33,6 +33,9 @@ class TaylorSoftmax(Rule):
     - `"distribute"`: kept, in equal shares:
       :math:`\frac{1}{N} \sum_j (1 + \langle s, x \rangle - x_j) R_j` more for each of the `N` inputs.
 
+    The softmax inside fused attention is out of reach: `Uniform` serves that whole, and absorbs. A composite that
+    keeps the bias of a softmax needs attention that is written out, and says so otherwise.
+
     Args:
         bias: What becomes of the bias.
         stabilizer: Of `"omit"`.
