@@ -413,11 +413,6 @@ def capture(
     Returns:
         What was built, the tensor leaves of the arguments and the tensors the function closes over.
     """
-    if torch.compiler.is_exporting():
-        raise CaptureError(
-            "torch.export of a relevance function is not supported yet: its walk runs operation by operation. Call it "
-            "directly, or export what it returns"
-        )
     leaves, spec = pytree.tree_flatten((args, kwargs))
     env = Environment(model_fn)
     statics = Environment([leaf for leaf in leaves if not isinstance(leaf, Tensor)])

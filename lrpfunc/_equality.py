@@ -23,7 +23,7 @@ class Description:
     """A frozen dataclass with this base compares and hashes numbers by value and tensors by identity."""
 
     def _fields(self) -> tuple[Hashable, ...]:
-        return tuple(_comparable(getattr(self, field.name)) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return tuple(_comparable(getattr(self, field.name)) for field in dataclasses.fields(self) if field.compare)  # type: ignore[arg-type]
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self._fields() == other._fields()  # type: ignore[union-attr]

@@ -252,9 +252,9 @@ def cut(joint: Joint, reuse: bool) -> tuple[fx.GraphModule, fx.GraphModule]:
     """
     early = joint.early | set(joint.inputs)
     for node in joint.graph.nodes:
-        if node.op == "call_function" and early.issuperset(node.all_input_nodes) and not is_random(node):
-            if reuse or node.target is operator.getitem:
-                early.add(node)
+        kept = node.op == "call_function" and (reuse or node.target is operator.getitem) and not is_random(node)
+        if kept and early.issuperset(node.all_input_nodes):
+            early.add(node)
     steps = [node for node in joint.graph.nodes if node.op in ("call_function", "get_attr")]
     late = [node for node in steps if node not in early]
     read = [*(n for node in late for n in node.all_input_nodes), *joint.relevance]

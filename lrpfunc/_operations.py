@@ -393,9 +393,7 @@ KEEPS_SIGN = names(
 )
 """Their result is not negative where their first operand is not, whatever the others."""
 
-FINITE = (
-    MULTILINEAR | NORMALIZATION | names("softmax sigmoid tanh relu6 hardsigmoid hardtanh")
-)
+FINITE = MULTILINEAR | NORMALIZATION | names("softmax sigmoid tanh relu6 hardsigmoid hardtanh")
 """Their result is finite, though a mask may have made an operand infinite."""
 
 KEEPS_FINITE = (

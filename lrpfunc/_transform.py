@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, final
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from lrpfunc._arguments import Argnums
 from lrpfunc._call import Call, Globs, capture_call
+from lrpfunc._compiled import call_in_graph, register
 from lrpfunc._equality import Description
 from lrpfunc._errors import InputError
 from lrpfunc._forward import op_by_op
 from lrpfunc._lower import lowered
 from lrpfunc._message import Relevance
 from lrpfunc._target import Contrast, OneHot, Target, form, relevances, start
+from lrpfunc._torch import uncompiled
 from lrpfunc.composites import Composite, Entry, as_composite
 
 Rules = Composite | Iterable[Entry] | None
@@ -36,7 +39,20 @@ class Attribution(Description):
     lowered: bool
     with_value: bool
 
+    handle: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", register(self))
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(getattr(self, f.name) for f in fields(self) if f.init)
+
     def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return call_in_graph(self, args, kwargs, target)
+        return self.run(args, kwargs, target)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target | OneHot | Contrast) -> Any:
         call = captured(self, args, kwargs)
         forward = lowered(call, form(target), _tensors(target)) if self.lowered else op_by_op(call)
         output = call.output(forward.outputs)
@@ -50,6 +66,11 @@ class Attribution(Description):
                 return relevance, output
             case _:
                 return relevance, (output, call.aux(forward.aux))
+
+    def value(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output alone."""
+        call = captured(self, args, kwargs)
+        return call.output(lowered(call, Relevance).outputs)
 
 
 def captured(attribution: Attribution, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -187,6 +208,7 @@ def _attribution(
     return Attribution(model_fn, as_composite(rules), argnums, has_aux, layers, inline_functions, lowered, with_value)
 
 
+@uncompiled
 def vjp(
     model_fn: Callable[..., Any],
     rules: Rules,
@@ -224,6 +246,7 @@ def vjp(
     output = call.output(forward.outputs)
     leaves, spec = pytree.tree_flatten(output)
 
+    @uncompiled
     def pullback(relevance: Any) -> Any:
         return call.answer(forward.pull(relevances(relevance, leaves, spec)))
 

@@ -78,7 +78,8 @@ class Program:
 
     def enclosed(self, environment: Sequence[Tensor]) -> list[Tensor]:
         """The closed-over tensors, of which the environment has those that are read anew at each call."""
-        return [environment[source] if isinstance(source, int) else source for _, source in self.closed]
+        tensors = [environment[source] if isinstance(source, int) else source for _, source in self.closed]
+        return [torch.ops.aten.lift_fresh_copy(t) for t in tensors] if torch.compiler.is_compiling() else tensors
 
 
 @dataclass(frozen=True)
