@@ -7,16 +7,13 @@ embeddings. Run as `python -m benchmarks.decoder`.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import lrpfunc as lrp
+from benchmarks.measure import Functions, flops, gradient, ratios, seconds
 
 LAYERS, WIDTH, TOKENS, HEADS, CLASSES = 6, 384, 192, 6, 1000
 
@@ -56,45 +53,21 @@ class Decoder(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, -1])
 
 
-def flops(fn: Callable[[], Any]) -> int:
-    """The floating-point operations of matrix products, attention included."""
-    with FlopCounterMode(display=False) as counter:
-        fn()
-    return counter.get_total_flops()
-
-
-def seconds(fns: dict[str, Callable[[], Any]], repetitions: int = 25) -> dict[str, list[float]]:
-    """The duration of each function's calls, interleaved."""
-    taken: dict[str, list[float]] = {name: [] for name in fns}
-    for _ in range(repetitions):
-        for name, fn in fns.items():
-            start = time.perf_counter()
-            fn()
-            taken[name].append(time.perf_counter() - start)
-    return taken
-
-
 def main() -> None:
     for fused in (True, False):
         torch.manual_seed(0)
-        model_fn, params = lrp.from_module(Decoder(fused).eval().requires_grad_(False))
+        model = Decoder(fused).eval().requires_grad_(False)
+        model_fn, params = lrp.from_module(model)
         x = torch.randn(1, TOKENS, WIDTH)
-        given = x.clone().requires_grad_()
-
-        def gradient(model_fn: Any = model_fn, params: Any = params, given: Tensor = given) -> None:
-            given.grad = None  # the counter of FLOPs knows `backward` only
-            model_fn(params, given)[:, 3].sum().backward()
-
-        fns: dict[str, Callable[[], Any]] = {"gradient": gradient}
+        fns: Functions = {"gradient": gradient(model, x, target=3)}
         for name, rules in {"attn_lrp": lrp.attn_lrp(), "cp_lrp": lrp.cp_lrp()}.items():
             relevance_fn = lrp.attribute(model_fn, rules)
             fns[name] = lambda fn=relevance_fn, params=params, x=x: fn(params, x, target=3)
         counts = {name: flops(fn) for name, fn in fns.items()}
-        taken = seconds(fns)
+        taken = seconds(fns, repetitions=25)
         print("fused attention" if fused else "attention written out")
         for name in fns:
-            ratios = [a / b for a, b in zip(taken[name], taken["gradient"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4) if name != "gradient" else (1.0, 1.0, 1.0)
+            low, middle, high = ratios(taken, name, "gradient")
             print(
                 f"  {name:<10} {counts[name] / counts['gradient']:.3f} x FLOPs   {middle:.2f} x time "
                 f"({low:.2f} to {high:.2f}), {1e3 * statistics.median(taken[name]):.0f} ms"

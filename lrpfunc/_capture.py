@@ -345,8 +345,8 @@ def retrace(
                 return walk(tensors, start)
 
         functional: Any = torch.func.functionalize(watched, remove="mutations")
-        tracer = make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True, decomposition_table={})
-        return tracer(*fakes)
+        with mode:
+            return make_fx(functional, _allow_non_fake_inputs=True, decomposition_table={})(*fakes)
 
     _refuse_nested()
     try:

@@ -17,6 +17,14 @@ from lrpfunc._errors import CaptureError
 from lrpfunc._target import Contrast, OneHot
 
 
+class Runnable(Protocol):
+    """A relevance function, which may have its first argument bound."""
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, bound: Any = None) -> Any: ...
+
+    def value(self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: Any = None) -> Any: ...
+
+
 class Function(Protocol):
     """What can be called inside torch.compile, once it has a name from `register`."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.graph import _BoxedCodeGen
 
 from lrpfunc._kinds import finite, nonnegative
-from lrpfunc._operations import SELECT, aten, call, is_random, operation_name
+from lrpfunc._operations import SELECT, aten, call, copied, is_random, operation_name
 from lrpfunc._simplify import Program
 from lrpfunc._torch import map_arg
 
@@ -81,14 +81,22 @@ def join(
             joint.constants[node.target] = getattr(traced, node.target)
         if node.op in ("call_function", "get_attr"):
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            if node.target in (aten.view.default, aten._unsafe_view.default):
-                copies[node].target = aten.reshape.default  # whatever the strides are when it runs
+            copies[node].target = _SUBSTITUTES.get(node.target, node.target)
     (output,) = (node for node in traced.graph.nodes if node.op == "output")
     results = [copies[node] for node in output.args[0]]
     joint.relevance = results[: len(results) - len(shared)]
     joint.evaluated = list(zip(map(forward.__getitem__, shared), results[len(joint.relevance) :], strict=True))
     _return(joint, (*joint.outputs, *results))
     return joint
+
+
+_SUBSTITUTES: dict[Any, Any] = {
+    # A trace has the strides of what it saw.
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    # Torch has no derivative of it.
+    aten.copy.default: copied,
+}
 
 
 class _Written:
@@ -172,8 +180,11 @@ def _keep_what_is_computed(joint: Joint) -> None:
     computes all that anew.
     """
     for node, value in joint.evaluated:
+        if value in joint.early or value.op != "call_function":
+            continue
         steps = _steps(joint, value)
-        if not any(_is_used_beyond(step, steps) for step in steps if step is not value):
+        known = (operand for step in steps for operand in step.all_input_nodes if operand in joint.early)
+        if any(node < n for n in known) or not any(_is_used_beyond(step, steps) for step in steps if step is not value):
             _replace(joint, value, node)
             continue
         for step in steps:
@@ -230,7 +241,9 @@ def _simpler(node: fx.Node, facts: _Facts) -> fx.Node | None:
             return x
         case aten.mul.Tensor, (fx.Node() as x, fx.Node() as masked):
             for z, m in ((x, masked), (masked, x)):
-                if m.target is aten.threshold_backward.default and _is(m.args[1], aten.relu.default, z):
+                if m.target is not aten.threshold_backward.default:
+                    continue
+                if m.args[1] is z or _is(m.args[1], aten.relu.default, z):
                     return node.graph.call_function(aten.mul.Tensor, (m.args[1], m.args[0]))
     return None
 
@@ -243,33 +256,75 @@ def _is(node: Any, target: Any, *args: Any) -> bool:
 # The cut
 
 
-def cut(joint: Joint, reuse: bool) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The forward pass, which returns its outputs and what the walk needs, and the walk, which takes that and a start.
+@dataclass(frozen=True, eq=False)
+class Programs:
+    """What a joint graph is cut into. Each takes a list of tensors, empties it, and returns a tuple.
+
+    Attributes:
+        prepare: From the bound inputs to what the forward pass makes of them alone.
+        forward: From that and the other inputs to the outputs and what the walk needs.
+        walk: From that and the start to relevance.
+    """
+
+    prepare: Callable[[list[Tensor]], tuple[Tensor, ...]]
+    forward: Callable[[list[Tensor]], tuple[Tensor, ...]]
+    walk: Callable[[list[Tensor]], tuple[Tensor, ...]]
+
+
+def cut(joint: Joint, bound: int, reuse: bool) -> Programs:
+    """Cuts the graph where the inputs that are not bound begin, and where relevance starts.
 
     Args:
         joint: The graph.
+        bound: How many of the inputs, from the first, are bound.
         reuse: Whether the forward pass also computes what does not depend on the start.
     """
-    early = joint.early | set(joint.inputs)
-    for node in joint.graph.nodes:
-        kept = node.op == "call_function" and (reuse or node.target is operator.getitem) and not is_random(node)
-        if kept and early.issuperset(node.all_input_nodes):
-            early.add(node)
     steps = [node for node in joint.graph.nodes if node.op in ("call_function", "get_attr")]
+    first = _behind(joint, joint.inputs[:bound], lambda node: not is_random(node)) if bound else set()
+    early = _behind(joint, [*first, *joint.inputs], _keeps(reuse), joint.early)
     late = [node for node in steps if node not in early]
-    read = [*(n for node in late for n in node.all_input_nodes), *joint.relevance]
-    saved = list(dict.fromkeys(node for node in read if node in early))
-    forward = _module(joint, joint.inputs, [node for node in steps if node in early], [*joint.outputs, *saved])
-    return forward, _module(joint, [*saved, *joint.start], late, joint.relevance)
+    saved = _read(late, joint.relevance, early)
+    middle = [node for node in steps if node in early and node not in first]
+    prepared = _read(middle, [*joint.outputs, *saved], first)
+    return Programs(
+        _program(joint, joint.inputs[:bound], [node for node in steps if node in first], prepared),
+        _program(joint, [*prepared, *joint.inputs[bound:]], middle, [*joint.outputs, *saved]),
+        _program(joint, [*saved, *joint.start], late, joint.relevance),
+    )
 
 
-def _module(
+def _keeps(reuse: bool) -> Callable[[fx.Node], bool]:
+    return lambda node: node.target is operator.getitem or (reuse and not is_random(node))
+
+
+def _behind(
+    joint: Joint,
+    inputs: Iterable[fx.Node],
+    takes: Callable[[fx.Node], bool],
+    known: Iterable[fx.Node] = (),
+) -> set[fx.Node]:
+    """What is made of `inputs` alone, among the nodes that `takes` takes, together with what is `known` to be."""
+    found = {*inputs, *known}
+    for node in joint.graph.nodes:
+        operands = node.all_input_nodes
+        if node.op == "call_function" and operands and found.issuperset(operands) and takes(node):
+            found.add(node)
+    return found
+
+
+def _read(steps: Iterable[fx.Node], results: Iterable[fx.Node], among: set[fx.Node]) -> list[fx.Node]:
+    read = [*(node for step in steps for node in step.all_input_nodes), *results]
+    return list(dict.fromkeys(node for node in read if node in among))
+
+
+def _program(
     joint: Joint, inputs: Sequence[fx.Node], steps: Sequence[fx.Node], outputs: Sequence[fx.Node]
-) -> fx.GraphModule:
+) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
     graph = fx.Graph()
     graph.set_codegen(_BoxedCodeGen())  # takes a list, and empties it, so that each tensor is freed after its last use
     copies = {node: graph.placeholder(node.name) for node in inputs}
     for node in steps:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
-    return fx.GraphModule({str(n.target): joint.constants[str(n.target)] for n in steps if n.op == "get_attr"}, graph)
+    constants = {str(node.target): joint.constants[str(node.target)] for node in steps if node.op == "get_attr"}
+    return fx.GraphModule(constants, graph).forward

@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from lrpfunc._call import Call
-from lrpfunc._capture import retrace
+from lrpfunc._capture import isolated, retrace
 from lrpfunc._environment import Environment
 from lrpfunc._forward import Forward, relevance, walk
-from lrpfunc._joint import cut, join, simplify
+from lrpfunc._joint import Programs, cut, join, simplify
 from lrpfunc._layer import BoundLayer, Layer
 from lrpfunc._message import Message
 from lrpfunc._operations import EXACT, IN_WALK, scaled_dot_product_attention
 from lrpfunc._propagate import assign
-from lrpfunc._torch import is_differentiated, vjp
+from lrpfunc._torch import constant, is_differentiated, vjp
 
 
-@dataclass(eq=False)
-class _Lowered:
-    """Two programs: from the inputs to the outputs and what the walk needs, and from that to relevance."""
+class Bound:
+    """What the programs of a relevance function made of the arguments that are bound.
 
-    forward: fx.GraphModule
-    walk: fx.GraphModule
+    Args:
+        count: How many tensors are bound, the first of the arguments.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._prepared: WeakKeyDictionary[Programs, tuple[Tensor, ...]] = WeakKeyDictionary()
+
+    def prepared(self, programs: Programs, tensors: list[Tensor]) -> list[Tensor]:
+        if programs not in self._prepared:
+            self._prepared[programs] = isolated(lambda: programs.prepare(tensors))
+        return constant(self._prepared[programs])
 
 
 def lowered(
-    call: Call, form: type[Message], given: Sequence[Tensor] = (), *, reuse: bool = False, exact: bool = False
+    call: Call,
+    form: type[Message],
+    given: Sequence[Tensor] = (),
+    *,
+    bound: Bound | None = None,
+    reuse: bool = False,
+    exact: bool = False,
 ) -> Forward:
     """The forward pass and the walk as flat programs, built at the first call for a signature.
 
@@ -38,25 +53,28 @@ def lowered(
         call: What to run.
         form: The form of the messages that relevance will start with.
         given: The tensors, if they are known, that those are made of.
+        bound: The first arguments, if they are bound.
         reuse: Whether the walk will be taken several times: what it always computes is then computed once.
         exact: Whether the walk must have all derivatives, though no tensor known so far is differentiated.
     """
     environment = Environment(call.composite, transformed=True)
-    inputs = [*call.arguments, *call.program.enclosed(call.closed), *environment.tensors]
-    exact = exact or reuse or any(map(is_differentiated, (*inputs, *given)))
-    key = (environment.key, form, call.requested, exact, reuse)
+    count = 0 if bound is None else bound.count
+    inputs = [*call.arguments[count:], *call.program.enclosed(call.closed), *environment.tensors]
+    exact = exact or reuse or any(map(is_differentiated, (*call.arguments[:count], *inputs, *given)))
+    key = (environment.key, form, call.requested, count, exact, reuse)
     programs = call.graph.lowered.get(key)
     if programs is None:
-        programs = _lower(call, environment, form, exact, reuse)
+        programs = _lower(call, environment, form, count, exact, reuse)
         call.graph.lowered.put(key, programs)
-    results = programs.forward(inputs)
+    prepared = [] if bound is None else bound.prepared(programs, call.arguments[:count])
+    results = programs.forward([*prepared, *inputs])
     ends = len(call.program.outputs), len(call.program.outputs) + len(call.program.aux)
     outputs, aux, saved = list(results[: ends[0]]), list(results[ends[0] : ends[1]]), list(results[ends[1] :])
     del results
 
     def pull(start: Sequence[Message]) -> list[Tensor]:
         if not exact and any(is_differentiated(message.value) for message in start):
-            return lowered(call, form, exact=True).pull(start)
+            return lowered(call, form, bound=bound, exact=True).pull(start)
         needed = [*saved, *(message.value for message in start)]
         if not reuse:
             saved.clear()  # so that the walk can free each tensor that it is past
@@ -65,7 +83,7 @@ def lowered(
     return Forward(outputs, aux, pull)
 
 
-def _lower(call: Call, environment: Environment, form: type[Message], exact: bool, reuse: bool) -> _Lowered:
+def _lower(call: Call, environment: Environment, form: type[Message], count: int, exact: bool, reuse: bool) -> Programs:
     program, graph = call.program, call.graph
     nodes = program.nodes
     values, spec = pytree.tree_flatten([node.meta["val"] for node in nodes])
@@ -84,7 +102,7 @@ def _lower(call: Call, environment: Environment, form: type[Message], exact: boo
     module = retrace(traced, [values[place] for place in places], starts, environment)
     joint = join(program, list(_leaves(nodes)), module, [layer.output for layer in shared])
     simplify(joint)
-    return _Lowered(*cut(joint, reuse))
+    return cut(joint, count, reuse)
 
 
 def _leaves(nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, int | None]]:

@@ -82,16 +82,19 @@ def scale(factor: float | Tensor, message: Message) -> Message:
     return type(message)(factor * message.value)  # type: ignore[call-arg]
 
 
-def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """`numerator / denominator`, and 0 with finite derivatives where the denominator is 0.
+def divide(numerator: Tensor, denominator: Tensor, *, nonzero: bool = False) -> Tensor:
+    """`numerator / denominator`, and 0 with finite derivatives where the denominator is 0, if it may be.
 
     Half-precision quotients are computed in float32 and returned, finite, in the numerator's dtype.
     """
-    zero = denominator == 0
     dtype = numerator.dtype
     if dtype in (torch.float16, torch.bfloat16):
         numerator, denominator = numerator.float(), denominator.float()
-    quotient = torch.where(zero, 0, numerator / torch.where(zero, 1, denominator))
+    if nonzero:
+        quotient = numerator / denominator
+    else:
+        zero = denominator == 0
+        quotient = torch.where(zero, 0, numerator / torch.where(zero, 1, denominator))
     if dtype is torch.float16:
         quotient = quotient.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     return quotient.to(dtype)
@@ -113,7 +116,7 @@ class Stabilizer(Description):
         norm_scale: Scale `epsilon` by the root mean square of `z` over all dimensions but the first, the batch.
 
     Returns:
-        Called with a tensor, the stabilized tensor of the same shape.
+        Called with a tensor, the stabilized tensor of the same shape; `sign=1` says that nothing in it is negative.
 
     Example:
         >>> import torch, lrpfunc as lrp
@@ -127,7 +130,7 @@ class Stabilizer(Description):
     clip: bool = False
     norm_scale: bool = False
 
-    def __call__(self, z: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, *, sign: int = 0) -> Tensor:
         if z.dtype in (torch.float16, torch.bfloat16):
             z = z.float()
         epsilon = self.epsilon
@@ -136,8 +139,19 @@ class Stabilizer(Description):
             mean = z.square().mean(dims, keepdim=True)
             zero = mean == 0  # where the square root has no derivative
             epsilon = epsilon * torch.where(zero, 0, torch.where(zero, 1, mean).sqrt())
-        sign = torch.where(z < 0, -1.0, 1.0).to(z.dtype)
-        return sign * z.abs().clamp(min=epsilon) if self.clip else z + sign * epsilon
+        if self.clip:
+            return torch.where(z < 0, -1.0, 1.0).to(z.dtype) * z.abs().clamp(min=epsilon)
+        if sign > 0:
+            return z + epsilon
+        if isinstance(epsilon, Tensor):
+            return z + torch.where(z < 0, -epsilon, epsilon).to(z.dtype)
+        number = torch.full((), epsilon, dtype=z.dtype, device=z.device)
+        return z + torch.where(z < 0, -number, number)
+
+    def is_positive(self, dtype: torch.dtype) -> bool:
+        """Whether it keeps every denominator of that dtype from zero."""
+        least = torch.finfo(torch.promote_types(dtype, torch.float32)).tiny
+        return isinstance(self.epsilon, (int, float)) and self.epsilon >= least and not self.norm_scale
 
 
 def as_stabilizer(value: float | Tensor | Stabilizer) -> Stabilizer:

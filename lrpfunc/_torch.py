@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -17,6 +17,13 @@ T = TypeVar("T")
 def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
     """`function`, around which torch.compile breaks its graph."""
     return torch.compiler.disable(function)  # pyright: ignore
+
+
+def constant(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors that are no inputs; a compiler that traces the call takes them for constants."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    return [torch.ops.aten.lift_fresh_copy(tensor) for tensor in tensors]
 
 
 def is_wrapped(tensor: Tensor) -> bool:

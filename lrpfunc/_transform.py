@@ -11,12 +11,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from lrpfunc._arguments import Argnums
+from lrpfunc._bind import BoundAttribution
 from lrpfunc._call import Call, Globs, capture_call
 from lrpfunc._compiled import call_in_graph, register
 from lrpfunc._equality import Description
 from lrpfunc._errors import InputError
 from lrpfunc._forward import op_by_op
-from lrpfunc._lower import lowered
+from lrpfunc._lower import Bound, lowered
 from lrpfunc._message import Relevance
 from lrpfunc._target import Contrast, OneHot, Target, form, relevances, start
 from lrpfunc._torch import uncompiled
@@ -52,9 +53,44 @@ class Attribution(Description):
             return call_in_graph(self, args, kwargs, target)
         return self.run(args, kwargs, target)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target | OneHot | Contrast) -> Any:
+    def bind(self, params: Any) -> BoundAttribution:
+        """Binds the first argument, and computes once what the rules make of it alone.
+
+        Clamped, folded and merged weights are then not computed anew at each call. The result is a snapshot: it does
+        not see later changes of the parameters, nor can it be differentiated with respect to them.
+
+        Args:
+            params: The first argument of the model function.
+
+        Returns:
+            A function of the remaining arguments and of `target`. It is a `torch.nn.Module`, which `torch.export`
+            takes; the exported program needs no lrpfunc.
+
+        Raises:
+            InputError: If the first argument is explained itself.
+
+        Example:
+            >>> import torch, lrpfunc as lrp
+            >>> relevance_fn = lrp.attribute(lambda w, x: x @ w, lrp.epsilon()).bind(torch.eye(2))
+            >>> relevance_fn(torch.tensor([[1.0, 3.0]]), target=1)
+            tensor([[0.0000, 3.0000]])
+        """
+        if 0 in ((self.argnums,) if isinstance(self.argnums, int) else self.argnums):
+            raise InputError(
+                f"argnums={self.argnums} explains argument 0, which `bind` would hold fixed. Bind the parameters of a "
+                "function f(params, x), whose x is explained"
+            )
+        return BoundAttribution(self, params)
+
+    def run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        target: Target | OneHot | Contrast,
+        bound: Bound | None = None,
+    ) -> Any:
         call = captured(self, args, kwargs)
-        forward = lowered(call, form(target), _tensors(target)) if self.lowered else op_by_op(call)
+        forward = lowered(call, form(target), _tensors(target), bound=bound) if self.lowered else op_by_op(call)
         output = call.output(forward.outputs)
         relevance = call.answer(forward.pull(start(target, output)))
         match self.with_value, self.has_aux:
@@ -67,10 +103,10 @@ class Attribution(Description):
             case _:
                 return relevance, (output, call.aux(forward.aux))
 
-    def value(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def value(self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: Bound | None = None) -> Any:
         """The output alone."""
         call = captured(self, args, kwargs)
-        return call.output(lowered(call, Relevance).outputs)
+        return call.output(lowered(call, Relevance, bound=bound).outputs)
 
 
 def captured(attribution: Attribution, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

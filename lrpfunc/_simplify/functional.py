@@ -35,7 +35,7 @@ from lrpfunc._operations import (
     zeroed,
 )
 from lrpfunc._simplify.expand import EXPANSIONS
-from lrpfunc._torch import map_arg
+from lrpfunc._torch import constant, map_arg
 
 
 @dataclass(eq=False)
@@ -78,8 +78,7 @@ class Program:
 
     def enclosed(self, environment: Sequence[Tensor]) -> list[Tensor]:
         """The closed-over tensors, of which the environment has those that are read anew at each call."""
-        tensors = [environment[source] if isinstance(source, int) else source for _, source in self.closed]
-        return [torch.ops.aten.lift_fresh_copy(t) for t in tensors] if torch.compiler.is_compiling() else tensors
+        return constant(environment[source] if isinstance(source, int) else source for _, source in self.closed)
 
 
 @dataclass(frozen=True)

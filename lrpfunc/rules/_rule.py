@@ -216,9 +216,12 @@ class Quotient:
     s: Tensor
 
     @classmethod
-    def of(cls, relevance: Tensor, z: Tensor, stabilizer: float | Tensor | Stabilizer) -> Quotient:
-        denominator = as_stabilizer(stabilizer)(z)
-        return cls(relevance, z, denominator, divide(relevance, denominator))
+    def of(cls, relevance: Tensor, z: Tensor, stabilizer: float | Tensor | Stabilizer, *, sign: int = 0) -> Quotient:
+        """The quotient; `sign=1` says that no `z` is negative."""
+        stabilizer = as_stabilizer(stabilizer)
+        denominator = stabilizer(z, sign=sign)
+        s = divide(relevance, denominator, nonzero=stabilizer.is_positive(z.dtype))
+        return cls(relevance, z, denominator, s)
 
     def absorbed(self, layer: BoundLayer, bias: Tensor | None) -> dict[str, Tensor]:
         """What the bias and the stabilizer take, and what is lost because nothing contributes.

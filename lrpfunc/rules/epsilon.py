@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
 from lrpfunc._layer import BoundLayer, Layer
 from lrpfunc._message import Message, Multiplier, Stabilizer, carried
-from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_linear, needs_parameters
+from lrpfunc.rules._rule import Form, Quotient, Rule, ZeroParams, kept, named, needs_linear, needs_parameters
 
 
 @final
@@ -39,13 +39,14 @@ class Epsilon(Rule):
 
     epsilon: float | Tensor | Stabilizer = 1e-6
     zero_params: ZeroParams = None
+    form: ClassVar[Form] = "either"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "zero_params", named(self.zero_params))
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         s = self._quotient(layer, message).s
-        if self.zero_params:
+        if layer.layer.affine is not None:
             weight, _ = kept(layer, self.zero_params)
             return (Multiplier(layer.transpose(s, weight)),)
         return tuple(Multiplier(m) for m in layer.vjp(s))
@@ -57,8 +58,12 @@ class Epsilon(Rule):
         return {**quotient.absorbed(layer, None), "constants": (quotient.s * carried(layer.at_zero())).sum()}
 
     def _quotient(self, layer: BoundLayer, message: Message) -> Quotient:
-        z = layer.affine(layer.input, *kept(layer, self.zero_params)) if self.zero_params else layer.output
-        return Quotient.of(message.value, z, self.epsilon)
+        if self.zero_params:
+            z = layer.affine(layer.input, *kept(layer, self.zero_params))
+            return Quotient.of(message.relevance(layer.output), z, self.epsilon)
+        if layer.rectified is not None:  # which is z wherever there is relevance
+            return Quotient.of(message.relevance(layer.rectified), layer.rectified, self.epsilon, sign=1)
+        return Quotient.of(message.relevance(layer.output), layer.output, self.epsilon)
 
     def objection(self, layer: Layer) -> str | None:
         return needs_parameters(self, layer) if self.zero_params else needs_linear(self, layer)
@@ -86,6 +91,7 @@ class Norm(Rule):
     """
 
     stabilizer: float | Tensor | Stabilizer = 1e-6
+    form: ClassVar[Form] = "either"
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         return Epsilon(self.stabilizer).propagate(layer, message)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from lrpfunc._layer import BoundLayer, Layer
 from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer
-from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_parameters, negative, of_bias, positive
+from lrpfunc.rules._rule import (
+    Form,
+    Quotient,
+    Rule,
+    ZeroParams,
+    kept,
+    named,
+    needs_parameters,
+    negative,
+    of_bias,
+    positive,
+)
 
 
 @final
@@ -48,6 +59,7 @@ class Gamma(Rule):
     gamma: float | Tensor = 0.25
     stabilizer: float | Tensor | Stabilizer = 1e-6
     zero_params: ZeroParams = None
+    form: ClassVar[Form] = "either"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "zero_params", named(self.zero_params))
@@ -55,11 +67,15 @@ class Gamma(Rule):
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         weight, _ = kept(layer, self.zero_params)
         up, down = self._raised(weight), self._lowered(weight)
-        sp, sn = (self._quotient(layer, message, sign).s for sign in (1, -1))
-        with_x = layer.transpose(sp, up) + layer.transpose(sn, down)
-        if layer.layer.nonnegative:
+        sp = self._quotient(layer, message, 1).s
+        with_x = layer.transpose(sp, up)
+        against = None if layer.layer.nonnegative else layer.transpose(sp, down)
+        if layer.rectified is None:  # otherwise there is relevance only where the output is positive
+            sn = self._quotient(layer, message, -1).s
+            with_x = with_x + layer.transpose(sn, down)
+            against = None if against is None else against + layer.transpose(sn, up)
+        if against is None:
             return (Multiplier(with_x),)
-        against = layer.transpose(sp, down) + layer.transpose(sn, up)
         return (Relevance(positive(layer.input) * with_x + negative(layer.input) * against),)
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
@@ -67,7 +83,8 @@ class Gamma(Rule):
         above = self._quotient(layer, message, 1).absorbed(layer, of_bias(self._raised, bias))
         below = self._quotient(layer, message, -1).absorbed(layer, of_bias(self._lowered, bias))
         booked = {cause: above[cause] + below[cause] for cause in above}
-        booked["rule"] = booked["rule"] + torch.where(layer.output == 0, message.value, 0).sum()
+        lost = torch.where(layer.output == 0, message.relevance(layer.output), 0).sum()
+        booked["rule"] = booked["rule"] + lost
         return booked
 
     def _quotient(self, layer: BoundLayer, message: Message, sign: int) -> Quotient:
@@ -77,7 +94,11 @@ class Gamma(Rule):
         z = layer.affine(positive(layer.input), same(weight), of_bias(same, bias))
         if not layer.layer.nonnegative:
             z = z + layer.affine(negative(layer.input), other(weight), None)
-        return Quotient.of(torch.where(sign * layer.output > 0, message.value, 0), z, self.stabilizer)
+        if layer.rectified is not None:
+            rectified = message.relevance(layer.rectified)
+            return Quotient.of(rectified if sign > 0 else torch.zeros_like(rectified), z, self.stabilizer)
+        part = torch.where(sign * layer.output > 0, message.relevance(layer.output), 0)
+        return Quotient.of(part, z, self.stabilizer)
 
     def _raised(self, parameter: Tensor) -> Tensor:
         return parameter + self.gamma * positive(parameter)

@@ -1,0 +1,42 @@
+"""A relevance function with its parameters bound."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from lrpfunc._compiled import Runnable, call_in_graph, register
+from lrpfunc._lower import Bound
+from lrpfunc._target import Contrast, OneHot, Target
+
+
+@final
+class BoundAttribution(nn.Module):
+    """What `bind` returns: a function of the remaining arguments, and a module, so that torch.export takes it.
+
+    It holds copies of the parameters, and computes once what the rules make of them, such as clamped weights.
+    """
+
+    def __init__(self, function: Runnable, params: Any):
+        super().__init__()
+        self._function = function
+        self._params = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), params)
+        self._bound = Bound(sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(params)))
+        self.handle = register(self)
+
+    def forward(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return call_in_graph(self, args, kwargs, target)
+        return self.run(args, kwargs, target)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target | OneHot | Contrast) -> Any:
+        return self._function.run((self._params, *args), kwargs, target, self._bound)
+
+    def value(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._function.value((self._params, *args), kwargs, self._bound)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._function, self._params)
