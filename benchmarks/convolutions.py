@@ -8,58 +8,69 @@ and peak memory, as multiples of a plain gradient's with respect to the input, b
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torchvision
+from captum.attr import LRP
 from torch import Tensor, nn
-from zennit import canonizers, composites
+from zennit import composites, rules, types
 from zennit.attribution import Gradient
+from zennit.canonizers import SequentialMergeBatchNorm
+from zennit.torchvision import ResNetCanonizer
 
 import lrpfunc as lrp
-from benchmarks.measure import flops, gradient, peak_memory, ratios, seconds
+from benchmarks.measure import Functions, flops, gradient, peak_memory, ratios, seconds
 
 TARGET = 3
-BOX: dict[str, Any] = {"low": -3.0, "high": 3.0}
 
 OURS: dict[str, lrp.Composite] = {
     "epsilon": lrp.epsilon(),
     "epsilon_plus": lrp.epsilon_plus(),
     "epsilon_plus_flat": lrp.epsilon_plus_flat(),
-    "epsilon_gamma_box": lrp.epsilon_gamma_box(**BOX),
+    "epsilon_gamma_box": lrp.epsilon_gamma_box(-3.0, 3.0),
     "epsilon_alpha2_beta1": lrp.epsilon_alpha2_beta1(),
 }
-ZENNIT: dict[str, Callable[[list[Any]], Any]] = {
-    "epsilon": lambda merge: composites.LayerMapComposite(
-        layer_map=[(nn.Conv2d | nn.Linear, composites.Epsilon()), *composites.layer_map_base()], canonizers=merge
+ZENNIT: dict[str, Callable[..., Any]] = {
+    "epsilon": lambda canonizers: composites.LayerMapComposite(
+        [(types.Convolution, rules.Epsilon()), (types.Linear, rules.Epsilon()), *composites.layer_map_base()],
+        canonizers=canonizers,
     ),
-    "epsilon_plus": lambda merge: composites.EpsilonPlus(canonizers=merge),
-    "epsilon_plus_flat": lambda merge: composites.EpsilonPlusFlat(canonizers=merge),
-    "epsilon_gamma_box": lambda merge: composites.EpsilonGammaBox(
-        **{name: torch.full((1, 3, 1, 1), bound) for name, bound in BOX.items()}, canonizers=merge
+    "epsilon_plus": composites.EpsilonPlus,
+    "epsilon_plus_flat": composites.EpsilonPlusFlat,
+    "epsilon_gamma_box": lambda canonizers: composites.EpsilonGammaBox(
+        low=torch.tensor(-3.0),
+        high=torch.tensor(3.0),
+        canonizers=canonizers,  # type: ignore[arg-type]
     ),
-    "epsilon_alpha2_beta1": lambda merge: composites.EpsilonAlpha2Beta1(canonizers=merge),
+    "epsilon_alpha2_beta1": composites.EpsilonAlpha2Beta1,
 }
+
+
+def start(output: Tensor) -> Tensor:
+    return torch.zeros_like(output).index_fill(1, torch.tensor([TARGET]), 1) * output
 
 
 def zennit(model: nn.Module, name: str, x: Tensor) -> Callable[[], Any]:
-    """Zennit's attribution by the composite of that name, inside a context that stays open."""
-    resnet = isinstance(model, torchvision.models.ResNet)
-    canonizer = torchvision_canonizer(resnet)
-    attributor = Gradient(model, ZENNIT[name]([canonizer]))
+    """Zennit's attribution, by its composite of that name, in a context that stays open."""
+    canonizer = ResNetCanonizer() if isinstance(model, torchvision.models.ResNet) else SequentialMergeBatchNorm()
+    attributor = Gradient(copy.deepcopy(model), ZENNIT[name](canonizers=[canonizer]))
     attributor.__enter__()
-
-    def start(output: Tensor) -> Tensor:
-        return torch.zeros_like(output).index_fill(1, torch.tensor([TARGET]), 1) * output
-
     return lambda: attributor(x, start)
 
 
-def torchvision_canonizer(resnet: bool) -> Any:
-    from zennit import torchvision as known
-
-    return known.ResNetCanonizer() if resnet else canonizers.SequentialMergeBatchNorm()
+def captum(model: nn.Module, x: Tensor) -> Callable[[], Any] | None:
+    """Captum's LRP, which knows the epsilon rule, and no net that uses a module twice."""
+    if isinstance(model, torchvision.models.ResNet):
+        return None
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    explainer = LRP(twin)
+    return lambda: explainer.attribute(x.clone().requires_grad_(), target=TARGET)
 
 
 def compare(name: str, args: argparse.Namespace) -> None:
@@ -70,21 +81,23 @@ def compare(name: str, args: argparse.Namespace) -> None:
     plain = gradient(model, x, TARGET)
     plain_flops, plain_memory = flops(plain), peak_memory(plain)
     print(f"{name}, batch {args.batch}, {args.size} x {args.size}; multiples of a plain gradient's")
-    for composite, rules in OURS.items():
-        relevance_fn = lrp.attribute(model_fn, rules)
-        other = getattr(torchvision.models, name)().eval().requires_grad_(False)
-        fns = {
+    for composite, ours in OURS.items():
+        relevance_fn = lrp.attribute(model_fn, ours)
+        fns: Functions = {
             "gradient": plain,
             "lrpfunc": lambda fn=relevance_fn: fn(params, x, target=TARGET),
-            "zennit": zennit(other, composite, x),
+            "zennit": zennit(model, composite, x),
         }
+        if composite == "epsilon" and (other := captum(model, x)):
+            fns["captum"] = other
         taken = seconds(fns, args.repetitions)
         print(f"  {composite}")
-        for library in ("lrpfunc", "zennit"):
+        for library in [name for name in fns if name != "gradient"]:
             low, middle, high = ratios(taken, library, "gradient")
             print(
                 f"    {library:<8} {flops(fns[library]) / plain_flops:5.2f} x operations   {middle:5.2f} x time "
-                f"({low:.2f} to {high:.2f})   {peak_memory(fns[library]) / plain_memory:5.2f} x memory"
+                f"({low:.2f} to {high:.2f})   {peak_memory(fns[library]) / plain_memory:5.2f} x memory",
+                flush=True,
             )
 
 

@@ -24,7 +24,7 @@ class Joint:
         inputs: The placeholders of the arguments, the closed-over tensors and the tensors in rules.
         start: Those of the messages that relevance starts with.
         forward: The nodes of the forward pass, by those of the program.
-        early: What the forward pass computes.
+        early: What the forward pass computes, and the inputs.
         outputs: The output's tensors and the auxiliary output's.
         relevance: What the walk is for.
         evaluated: Nodes of the forward pass, and what computes the same in the trace.
@@ -71,6 +71,7 @@ def join(
     joint.start = [graph.placeholder(f"start_{i}") for i in range(starts)]
     tensors = [graph.placeholder(f"rule_{i}") for i in range(len(placeholders) - len(leaves) - starts)]
     joint.inputs += tensors
+    joint.early.update(joint.inputs)
     given = [
         forward[node] if place is None else graph.call_function(operator.getitem, (forward[node], place))
         for node, place in leaves
@@ -180,7 +181,7 @@ def _keep_what_is_computed(joint: Joint) -> None:
     computes all that anew.
     """
     for node, value in joint.evaluated:
-        if value in joint.early or value.op != "call_function":
+        if value in joint.early:
             continue
         steps = _steps(joint, value)
         known = (operand for step in steps for operand in step.all_input_nodes if operand in joint.early)
@@ -281,7 +282,7 @@ def cut(joint: Joint, bound: int, reuse: bool) -> Programs:
     """
     steps = [node for node in joint.graph.nodes if node.op in ("call_function", "get_attr")]
     first = _behind(joint, joint.inputs[:bound], lambda node: not is_random(node)) if bound else set()
-    early = _behind(joint, [*first, *joint.inputs], _keeps(reuse), joint.early)
+    early = _behind(joint, first | joint.early, _keeps(reuse))
     late = [node for node in steps if node not in early]
     saved = _read(late, joint.relevance, early)
     middle = [node for node in steps if node in early and node not in first]
@@ -301,10 +302,9 @@ def _behind(
     joint: Joint,
     inputs: Iterable[fx.Node],
     takes: Callable[[fx.Node], bool],
-    known: Iterable[fx.Node] = (),
 ) -> set[fx.Node]:
-    """What is made of `inputs` alone, among the nodes that `takes` takes, together with what is `known` to be."""
-    found = {*inputs, *known}
+    """The `inputs` and what is made of them alone, among the nodes that `takes` takes."""
+    found = set(inputs)
     for node in joint.graph.nodes:
         operands = node.all_input_nodes
         if node.op == "call_function" and operands and found.issuperset(operands) and takes(node):

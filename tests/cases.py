@@ -148,14 +148,17 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+@cache
 def residual() -> Case:
     return Case(*lrp.from_module(randomized(Residual())), normal(2, 2, 6, 6))
 
 
+@cache
 def smooth() -> Case:
     return Case(*lrp.from_module(randomized(Smooth())), normal(2, 2, 6, seed=1))
 
 
+@cache
 def mlp() -> Case:
     params = {
         "first": {"w": normal(5, 6, seed=2), "b": normal(6, seed=3)},
@@ -165,6 +168,7 @@ def mlp() -> Case:
 
 
 MODELS: dict[str, Callable[[], Case]] = {"residual": residual, "smooth": smooth, "mlp": mlp}
+"""Each is made once, so that it is captured once."""
 
 
 def with_rule(rule: lrp.Rule) -> lrp.Composite:
@@ -303,7 +307,6 @@ ATTENTION_MODELS: dict[str, Callable[[], Case]] = {
     "scan": scan,
     "gated": gated,
 }
-"""Each is made once, so that it is captured once."""
 
 MODULATED = lrp.Gate | lrp.Router | lrp.Recurrent | lrp.Scan | lrp.Attention
 

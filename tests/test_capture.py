@@ -527,12 +527,12 @@ def test_results_of_an_operation_are_changed_in_place_apart() -> None:
     assert torch.allclose(relevance.sum(-1), value[:, 0])
 
 
-def test_compile_breaks_the_graph_around_a_walk() -> None:
+def test_compiles_a_walk_through_fused_attention() -> None:
     def model_fn(weight: Tensor, x: Tensor) -> Tensor:
         h = torch.nn.functional.layer_norm(x, (8,))
         return (torch.nn.functional.scaled_dot_product_attention(h, h, h) @ weight).mean(1)
 
     weight, x = normal(8, 3), normal(2, 5, 8, seed=1)
     relevance_fn = lrp.attribute(model_fn, lrp.attn_lrp())
-    compiled = torch.compile(relevance_fn, backend="eager")
+    compiled = torch.compile(relevance_fn, backend="eager", fullgraph=True)
     assert torch.equal(compiled(weight, x, target=1), relevance_fn(weight, x, target=1))

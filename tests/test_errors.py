@@ -227,23 +227,6 @@ def test_data_where_parameters_are_expected() -> None:
     assert first.shape == second.shape == x.shape
 
 
-def exported(w: Tensor, x: Tensor) -> Tensor:
-    return torch.tanh(x @ w)
-
-
-@pytest.mark.parametrize("warm", [False, True])
-def test_export_is_refused_warm_or_cold(warm: bool) -> None:
-    class Explained(nn.Module):
-        def forward(self, w: Tensor, x: Tensor) -> Tensor:
-            return lrp.attribute(exported, lrp.epsilon())(w, x)
-
-    x = normal(2 + warm, 3)
-    if warm:
-        Explained()(W, x)
-    with pytest.raises(lrp.CaptureError, match=r"torch.export of a relevance function is not supported yet"):
-        torch.export.export(Explained(), (W, x))
-
-
 def test_layers_that_match_nothing() -> None:
     case = MODELS["residual"]()
     with pytest.raises(lrp.LayerNotFoundError, match=r"layers='conv3' matches no layer .* The names are conv1, bn1"):

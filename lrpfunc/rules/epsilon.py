@@ -8,7 +8,7 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from lrpfunc._layer import BoundLayer, Layer
-from lrpfunc._message import Message, Multiplier, Stabilizer, carried
+from lrpfunc._message import Message, Multiplier, Stabilizer, as_stabilizer, carried
 from lrpfunc.rules._rule import Form, Quotient, Rule, ZeroParams, kept, named, needs_linear, needs_parameters
 
 
@@ -61,7 +61,8 @@ class Epsilon(Rule):
         if self.zero_params:
             z = layer.affine(layer.input, *kept(layer, self.zero_params))
             return Quotient.of(message.relevance(layer.output), z, self.epsilon)
-        if layer.rectified is not None:  # which is z wherever there is relevance
+        if layer.rectified is not None and not as_stabilizer(self.epsilon).norm_scale:
+            # It is z wherever there is relevance.
             return Quotient.of(message.relevance(layer.rectified), layer.rectified, self.epsilon, sign=1)
         return Quotient.of(message.relevance(layer.output), layer.output, self.epsilon)
 

@@ -1,0 +1,368 @@
+"""The flat programs that run: equal to the walk operation by operation, no work that the answer does not need."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lrpfunc as lrp
+from benchmarks.measure import flops, gradient, peak_memory
+from lrpfunc import _lower
+from tests.cases import ATTENTION_CASES, ATTENTION_COMPOSITES, ATTENTION_MODELS, COMPOSITES, MODELS, normal
+from tests.oracles import largest_difference
+
+BOTH = [
+    *((MODELS, model, rules) for rules in COMPOSITES.values() for model in MODELS),
+    *((ATTENTION_MODELS, model, ATTENTION_COMPOSITES[name][0]) for model, name in ATTENTION_CASES),
+]
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(fn: Callable[[], Any]) -> Counter[str]:
+    with Counted() as counted:
+        fn()
+    return counted.counts
+
+
+@pytest.mark.parametrize(("models", "model", "rules"), BOTH)
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_equals_the_walk_operation_by_operation(models: Any, model: str, rules: Any, differentiated: bool) -> None:
+    case = models[model]()
+    x = case.x.clone().requires_grad_(differentiated)
+    params = case.params if differentiated else pytree.tree_map(Tensor.detach, case.params)
+    try:
+        expected = lrp.attribute_and_value(case.model_fn, rules, lowered=False)(params, x, target=1)
+    except lrp.UncoveredLayerError:
+        pytest.skip("the composite does not serve this model")
+    found = lrp.attribute_and_value(case.model_fn, rules)(params, x, target=1)
+    assert largest_difference(found[0], expected[0]) < 1e-12
+    assert torch.equal(found[1], expected[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs, counted
+
+
+class Stack(nn.Module):
+    """Convolutions that each cost the same, with ReLUs between them."""
+
+    def __init__(self, depth: int = 5) -> None:
+        super().__init__()
+        convolutions = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(depth)]
+        self.layers = nn.Sequential(*(layer for conv in convolutions for layer in (conv, nn.ReLU())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean((2, 3))
+
+
+def stack() -> tuple[nn.Module, Callable[..., Any], Any, Tensor]:
+    torch.manual_seed(0)
+    model = Stack().eval().requires_grad_(False)
+    return model, *lrp.from_module(model), torch.randn(2, 4, 8, 8)
+
+
+PASSES = {
+    # forward passes and passes back of five convolutions, of which the first sees an input of either sign
+    "epsilon": (lrp.epsilon(), 5, 5),
+    "epsilon_plus": (lrp.epsilon_plus(), 5 + 4 + 2, 4 + 2),
+    "epsilon_plus_flat": (lrp.epsilon_plus_flat(), 5 + 4 + 1, 5),
+    "epsilon_alpha2_beta1": (lrp.epsilon_alpha2_beta1(), 5 + 8 + 4, 8 + 4),
+    "epsilon_gamma_box": (lrp.epsilon_gamma_box(-1.0, 1.0), 5 + 4 + 3, 4 + 3),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_convolutions_are_run_as_often_as_the_rule_needs(name: str) -> None:
+    rules, forward, backward = PASSES[name]
+    model, model_fn, params, x = stack()
+    relevance_fn = lrp.attribute(model_fn, rules)
+    relevance_fn(params, x, target=0)
+    counts = counted(lambda: relevance_fn(params, x, target=0))
+    assert (counts["convolution"], counts["convolution_backward"]) == (forward, backward)
+    multiple = flops(lambda: relevance_fn(params, x, target=0)) / flops(gradient(model, x, 0))
+    assert multiple == pytest.approx((forward + backward) / 10, abs=1e-3)
+
+
+def test_the_forward_pass_keeps_what_the_walk_needs() -> None:
+    def model_fn(_: Any, x: Tensor) -> Tensor:
+        x = F.layer_norm(F.max_pool1d(x, 2), (4,))
+        x = F.scaled_dot_product_attention(x, x, x)
+        return x.mean(-1).softmax(-1)
+
+    relevance_fn = lrp.attribute(model_fn)
+    x = torch.randn(2, 3, 8)
+    relevance_fn(None, x, target=lambda out: out)
+    counts = counted(lambda: relevance_fn(None, x, target=lambda out: out))
+    twice = ("max_pool2d_with_indices", "_softmax", "_scaled_dot_product_flash_attention_for_cpu")
+    assert [counts[name] for name in twice] == [1, 1, 1]
+
+
+def test_one_target_or_many_need_one_forward_pass() -> None:
+    _, model_fn, params, x = stack()
+    output, pullback = lrp.vjp(model_fn, lrp.epsilon_plus_flat(), params, x)
+    starts = torch.eye(4)[:, None] * output
+    expected = torch.stack([lrp.attribute(model_fn, lrp.epsilon_plus_flat())(params, x, target=t) for t in range(4)])
+    for chunk in (None, 1, 3):
+        counts = counted(lambda: torch.vmap(pullback, chunk_size=chunk)(starts))  # noqa: B023
+        assert counts["convolution"] == 0
+        assert largest_difference(torch.vmap(pullback, chunk_size=chunk)(starts), expected) < 1e-5
+    relevance_fn = lrp.attribute(model_fn, lrp.epsilon_plus_flat())
+    every = torch.vmap(lambda t: relevance_fn(params, x, target=t))
+    every(torch.arange(4))
+    counts = counted(lambda: every(torch.arange(4)))
+    assert counts["convolution"] == 5 + 4 + 1
+
+
+def test_memory_is_freed_as_the_walk_goes() -> None:
+    model = Stack(12).eval().requires_grad_(False)
+    model_fn, params = lrp.from_module(model)
+    x = torch.randn(2, 4, 64, 64)
+    relevance_fn = lrp.attribute(model_fn, lrp.epsilon())
+    relevance_fn(params, x, target=0)
+    gc.collect()
+    assert peak_memory(lambda: relevance_fn(params, x, target=0)) <= 1.25 * peak_memory(gradient(model, x, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When a program may be used again
+
+
+def test_a_program_is_made_once_for_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = normal(3, 2), normal(4, 3)
+    made: list[Any] = []
+    monkeypatch.setattr(_lower, "_lower", lambda *args, make=_lower._lower: made.append(args) or make(*args))
+
+    def model_fn(w: Tensor, x: Tensor) -> Tensor:
+        return x @ w
+
+    for epsilon in (0.5, 1.5, 2.5):
+        for _ in range(2):
+            found = lrp.attribute(model_fn, lrp.epsilon(torch.tensor(epsilon).double()))(w, x, target=0)
+            assert largest_difference(found, x * w[:, 0] / (1 + epsilon / (x @ w)[:, :1].abs())) < 1e-12
+    assert len(made) == 1
+    lrp.attribute(model_fn, lrp.epsilon(0.5))(w, x, target=0)
+    assert len(made) == 2
+
+
+FACTOR = 2.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Global(lrp.Rule):
+    def propagate(self, layer: Any, message: Any) -> tuple[Any, ...]:
+        return (lrp.Relevance(FACTOR * message.relevance(layer.output)),)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Noisy(lrp.Rule):
+    def propagate(self, layer: Any, message: Any) -> tuple[Any, ...]:
+        return (lrp.Relevance(message.value + torch.randn_like(message.value)),)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Branching(lrp.Rule):
+    def propagate(self, layer: Any, message: Any) -> tuple[Any, ...]:
+        return (lrp.Relevance(message.value if message.value.sum() > 0 else 0 * message.value),)
+
+
+def test_what_a_rule_reads_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    relevance_fn = lrp.attribute(lambda _, x: x.relu(), [(lrp.Activation, Global())])
+    x = normal(2, 3).abs()
+    assert torch.allclose(relevance_fn(None, x), 2 * x)
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3.0)
+    assert torch.allclose(relevance_fn(None, x), 3 * x)
+
+
+def test_random_numbers_are_drawn_at_each_call() -> None:
+    relevance_fn = lrp.attribute(lambda _, x: x.relu(), [(lrp.Activation, Noisy())])
+    x = normal(2, 3)
+    assert not torch.equal(relevance_fn(None, x), relevance_fn(None, x))
+
+
+def test_a_rule_that_depends_on_numbers_walks_operation_by_operation() -> None:
+    rules = [(lrp.Activation, Branching())]
+    x = normal(2, 3).abs()
+    with pytest.raises(lrp.RuleError, match=r"lowered=False"):
+        lrp.attribute(lambda _, x: x.relu(), rules)(None, x)
+    assert torch.allclose(lrp.attribute(lambda _, x: x.relu(), rules, lowered=False)(None, x), x)
+
+
+def test_a_target_may_close_over_what_is_differentiated() -> None:
+    case = ATTENTION_MODELS["fused"]()
+    relevance_fn = lrp.attribute(case.model_fn)
+
+    def scaled(factor: Tensor, lowered: bool) -> Tensor:
+        fn = dataclasses.replace(relevance_fn, lowered=lowered)
+        return fn(case.params, case.x, target=lambda out: factor * out).square().sum()
+
+    factor = torch.tensor(1.5).double()
+    slopes = [torch.func.grad(lambda f: scaled(f, lowered))(factor) for lowered in (True, False)]  # noqa: B023
+    assert torch.allclose(*slopes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bind
+
+
+def test_bind_computes_what_is_made_of_parameters_once() -> None:
+    _, model_fn, params, x = stack()
+    relevance_fn = lrp.attribute(model_fn, lrp.epsilon_alpha2_beta1())
+    bound = relevance_fn.bind(params)
+    assert torch.equal(bound(x, target=1), relevance_fn(params, x, target=1))
+    unbound, counts = counted(lambda: relevance_fn(params, x, target=1)), counted(lambda: bound(x, target=1))
+    assert unbound["clamp"] - counts["clamp"] == 2 * 2 * 5  # weights and biases, both signs
+
+
+def test_bind_is_a_snapshot_that_differentiates_the_rest() -> None:
+    case = MODELS["residual"]()
+    params = {name: p.detach().clone() for name, p in case.params.items()}
+    relevance_fn = lrp.attribute(case.model_fn, COMPOSITES["epsilon_plus_flat"])
+    bound, expected = relevance_fn.bind(params), relevance_fn(params, case.x, target=1)
+    for p in params.values():
+        p.add_(1)
+    assert torch.equal(bound(case.x, target=1), expected)
+
+    def loss(fn: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.func.grad(lambda x: fn(x).square().sum())(case.x)
+
+    slope = loss(lambda x: relevance_fn(case.params, x, target=1))
+    assert largest_difference(loss(lambda x: bound(x, target=1)), slope) < 1e-12
+    every = torch.vmap(lambda t: bound(case.x, target=t))(torch.arange(4))
+    assert largest_difference(every[1], expected) < 1e-12
+    relevance, value = lrp.attribute_and_value(case.model_fn, lrp.epsilon()).bind(case.params)(case.x, target=1)
+    assert torch.equal(value, case.model_fn(case.params, case.x))
+    assert relevance.shape == case.x.shape
+
+
+def test_bind_refuses_what_is_explained() -> None:
+    with pytest.raises(lrp.InputError, match=r"argnums=0 explains argument 0"):
+        lrp.attribute(lambda x: x.relu(), lrp.epsilon(), argnums=0).bind(normal(2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.compile and torch.export
+
+
+class Reordering(nn.Module):
+    """A small net that reads an integer buffer."""
+
+    order: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(16, 5)
+        self.register_buffer("order", torch.arange(16).flip(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(x)).relu().flatten(1)[:, self.order])
+
+
+@pytest.fixture
+def reordering() -> Any:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module = Reordering().double().eval()
+    return module, *lrp.from_module(module), normal(2, 1, 4, 4)
+
+
+def whole(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(fn, fullgraph=True, backend="aot_eager")
+
+
+TARGETS: dict[str, Any] = {
+    "index": 3,
+    "all": None,
+    "indices": torch.tensor([1, 2]),
+    "one_hot": lrp.one_hot(2, 1.5),
+    "contrast": lrp.contrast(1, 2),
+    "relevance": normal(2, 5),
+    "function": lambda out: out * out,
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_compiles_as_one_graph(reordering: Any, target: Any) -> None:
+    _, model_fn, params, x = reordering
+    fn = lrp.attribute_and_value(model_fn, lrp.epsilon_plus_flat(), layers="*")
+    assert largest_difference(whole(fn)(params, x, target=target), fn(params, x, target=target)) < 1e-12
+
+
+def test_a_compiled_training_step(reordering: Any) -> None:
+    module, model_fn, params, x = reordering
+    fn = lrp.attribute_and_value(model_fn, lrp.epsilon_plus_flat())
+
+    def loss(params: Any, x: Tensor) -> Tensor:
+        relevance, value = fn(params, x, target=3)
+        return value.square().sum() + relevance.square().sum()
+
+    weights = list(module.parameters())
+    found = torch.autograd.grad(whole(loss)(params, x), weights)
+    assert largest_difference(found, torch.autograd.grad(loss(params, x), weights)) < 1e-12
+
+
+def test_compiles_with_transforms_inside(reordering: Any) -> None:
+    _, model_fn, params, x = reordering
+    params = {name: p.detach() for name, p in params.items()}
+    fn = lrp.attribute(model_fn, lrp.epsilon_plus_flat())
+
+    def slopes(params: Any, x: Tensor) -> Any:
+        return torch.func.grad(lambda p: fn(p, x, target=3).square().sum())(params)
+
+    def every(params: Any, x: Tensor) -> Tensor:
+        return torch.vmap(lambda t: fn(params, x, target=t))(torch.arange(5))
+
+    for transformed in (slopes, every):
+        assert largest_difference(whole(transformed)(params, x), transformed(params, x)) < 1e-12
+
+
+def test_compiles_again_for_another_batch_and_bound(reordering: Any) -> None:
+    _, model_fn, params, _ = reordering
+    fn = lrp.attribute(model_fn, lrp.epsilon_plus_flat())
+    compiled, bound = whole(fn), whole(fn.bind(params))
+    for batch in (2, 3, 5):
+        x = normal(batch, 1, 4, 4, seed=batch)
+        assert largest_difference(compiled(params, x, target=1), fn(params, x, target=1)) < 1e-12
+        assert largest_difference(bound(x, target=1), fn(params, x, target=1)) < 1e-12
+
+
+LOAD = """
+import sys, torch
+sys.modules["lrpfunc"] = None  # an import of it would fail
+program = torch.export.load(sys.argv[1])
+x, expected = torch.load(sys.argv[2])
+assert (program.module()(x, target=3) - expected).abs().max() < 1e-12
+"""
+
+
+def test_exports_to_a_process_without_lrpfunc(reordering: Any, tmp_path: Path) -> None:
+    _, model_fn, params, x = reordering
+    bound = lrp.attribute(model_fn, lrp.epsilon_plus_flat()).bind(params)
+    program = torch.export.export(bound, (x,), {"target": 3})
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save((x, bound(x, target=3)), tmp_path / "expected.pt")
+    paths = [str(tmp_path / name) for name in ("program.pt2", "expected.pt")]
+    subprocess.run([sys.executable, "-c", LOAD, *paths], check=True)
