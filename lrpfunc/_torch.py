@@ -19,11 +19,12 @@ def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
     return torch.compiler.disable(function)  # pyright: ignore
 
 
-def constant(tensors: Iterable[Tensor]) -> list[Tensor]:
+def constant(tensors: Iterable[Any]) -> list[Any]:
     """Tensors that are no inputs; a compiler that traces the call takes them for constants."""
     if not torch.compiler.is_compiling():
         return list(tensors)
-    return [torch.ops.aten.lift_fresh_copy(tensor) for tensor in tensors]
+    lift = torch.ops.aten.lift_fresh_copy
+    return [lift(value) if isinstance(value, Tensor) else value for value in tensors]
 
 
 def is_wrapped(tensor: Tensor) -> bool:
@@ -32,8 +33,10 @@ def is_wrapped(tensor: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def is_differentiated(tensor: Tensor) -> bool:
+def is_differentiated(tensor: Any) -> bool:
     """Whether somebody may take derivatives with respect to `tensor`, by torch.func or by autograd."""
+    if not isinstance(tensor, Tensor):  # a random generator
+        return False
     return is_wrapped(tensor) or (tensor.requires_grad and torch.is_grad_enabled()) or _has_tangent(tensor)
 
 
