@@ -198,7 +198,8 @@ def positive(tensor: Tensor) -> Tensor:
 
 
 def negative(tensor: Tensor) -> Tensor:
-    return tensor.clamp(max=0)
+    # Not `clamp(max=0)`: at 0 the derivatives of both clamps are 1, so that of `positive + negative` would be 2.
+    return torch.where(tensor < 0, tensor, 0)
 
 
 def of_bias(part: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor | None:
