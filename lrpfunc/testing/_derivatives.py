@@ -141,9 +141,7 @@ def _compare(scalar: Callable[[Any], Tensor], at: Any, parts: list[Part]) -> boo
         if not abs(exact - estimate.value) <= 20 * estimate.error + TOLERANCE * scale:
             wrong[mode] = exact
     if wrong:
-        with torch.no_grad():
-            lines = list(_blamed(along, parts, [float(term.sum()) for term in terms]))
-        raise AssertionError(_message(wrong, estimate, lines))
+        raise InexactError(wrong, estimate, lambda: _blamed(along, parts, [float(term.sum()) for term in terms]))
     return True
 
 
@@ -179,10 +177,19 @@ def _blamed(along: Callable[[float, list[Part]], float], parts: list[Part], exac
             yield f"{part.name}, along [{shown}]: {ours:.9g}, finite differences {estimate.value:.9g}"
 
 
-def _message(wrong: dict[str, float], estimate: Estimate, lines: list[str]) -> str:
-    modes = ", ".join(f"{value:.9g} in {mode} mode" for mode, value in wrong.items())
-    blamed = "\n".join(f"    {line}" for line in lines)
-    return (
-        f"the derivative of relevance is {modes}, and {estimate.value:.9g} by finite differences, "
-        f"which are off by no more than {estimate.error:.1e}" + (f". It differs for\n\n{blamed}" if lines else "")
-    )
+class InexactError(AssertionError):
+    """A derivative is wrong; for which leaves is found out when it is printed, since that takes long."""
+
+    def __init__(self, wrong: dict[str, float], estimate: Estimate, blamed: Callable[[], Iterator[str]]):
+        super().__init__(wrong, estimate)
+        self.wrong, self.estimate, self.blamed = wrong, estimate, blamed
+
+    def __str__(self) -> str:
+        modes = ", ".join(f"{value:.9g} in {mode} mode" for mode, value in self.wrong.items())
+        message = (
+            f"the derivative of relevance is {modes}, and {self.estimate.value:.9g} by finite differences, "
+            f"which are off by no more than {self.estimate.error:.1e}"
+        )
+        with torch.no_grad():
+            lines = "\n".join(f"    {line}" for line in self.blamed())
+        return f"{message}. It differs for\n\n{lines}" if lines else message

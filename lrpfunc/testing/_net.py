@@ -164,7 +164,7 @@ class Net(Pasteable):
         return _NetModule(self)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=8)  # every recording looks through all caches of the process
 def _initial(net: Net) -> tuple[Params, int]:
     with torch.no_grad():
         scope = Scope({}, seed=net.seed)
@@ -178,7 +178,10 @@ class _NetModule(nn.Module):
         self.forward_fn = Forward(net.blocks)
         self.names = {name.replace(".", "_"): name for name in net.params()}
         for name, tensor in net.params().items():
-            self.register_parameter(name.replace(".", "_"), nn.Parameter(tensor))
+            if "running_" in name:
+                self.register_buffer(name.replace(".", "_"), tensor)
+            else:
+                self.register_parameter(name.replace(".", "_"), nn.Parameter(tensor))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_fn({name: getattr(self, own) for own, name in self.names.items()}, x)

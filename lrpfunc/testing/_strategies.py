@@ -99,6 +99,17 @@ PROBES: dict[str, Net] = {
 }
 """A net for each of the plain families that rules are for."""
 
+SMALLEST: tuple[Net, ...] = (
+    *(Net((block,), (1, 1)) for block in (Linear(bias=False), Linear(), Linear(2))),
+    Net((Linear(2, bias=False),), (1, 2), values="zero"),
+    *(Net((block,), (1, 2)) for block in (Pointwise(), Pointwise("tanh"), Normalize(), Normalize("softmax"))),
+    Net((Linear(), Pointwise(), Linear()), (1, 1)),
+    *(Net((Linear(bias=False), Pointwise(), Linear(bias=False)), (1, 1), seed) for seed in (0, 1, 2)),
+    Net((Linear(), Pointwise("tanh"), Linear()), (1, 1)),
+    Net((Conv(),), (1, 2, 3)),
+)
+"""What a search for the smallest net that fails looks at first."""
+
 
 def _blocks(families: Sequence[str], max_blocks: int) -> st.SearchStrategy[tuple[Block, ...]]:
     """Sequences of blocks of some families, nested once."""
