@@ -33,6 +33,8 @@ from lrpfunc.testing import (
 )
 from tests.cases import ATTENTION_RULES, COMPOSITES, ELEMENTWISE_RULES, LINEAR_RULES, SUM_RULES, normal, randomized
 
+SLOW_AND_LARGE: Any = list(HealthCheck)
+
 SIGNED = (lrp.ReLUDeconvNet, lrp.ReLUGuidedBackprop)
 """Rules that look at the sign of what arrives, and are not linear in it."""
 
@@ -49,7 +51,7 @@ def search(
         case = st.builds(Case, st.just(net), composites(), targets(net.outputs()))
         return st.lists(case, min_size=composites_each, max_size=composites_each)
 
-    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, suppress_health_check=SLOW_AND_LARGE)
     @given(models(families).flatmap(cases))
     def run(drawn: list[Case]) -> None:
         for case in drawn:
@@ -98,7 +100,7 @@ def test_the_slow_search_is_large() -> None:
     assert {p for properties, *_ in SEARCHES.values() for p in properties} == set(PROPERTIES)
 
 
-@settings(max_examples=15, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=SLOW_AND_LARGE)
 @given(models(["dense", "convolution", "rearrangement", "residual"], values=st.just("normal")))
 def test_lrp_0_is_input_times_gradient(net: Net) -> None:
     """Whatever is linear, biases set to zero."""
@@ -139,7 +141,7 @@ def test_every_composite(name: str) -> None:
     composite = COMPOSITES[name]
     rules = composite if composite.cotangent else composite + lrp.attn_lrp()
 
-    @settings(max_examples=3, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=3, suppress_health_check=SLOW_AND_LARGE)
     @given(models(max_blocks=2))
     def run(net: Net) -> None:
         for property in ("conservation", "linear_in_relevance", "exact_derivatives"):
@@ -161,7 +163,9 @@ def test_derivatives_where_an_input_is_zero(gamma: float) -> None:
     def relevance(x: Tensor) -> Tensor:
         return lrp.attribute(model_fn, rules)(params, x, target=0)[0]
 
-    slopes = [relevance(torch.eye(2, dtype=x.dtype)[i : i + 1] * side)[i] / side for i in (0, 1) for side in (-1e-7, 1e-7)]
+    slopes = [
+        relevance(torch.eye(2, dtype=x.dtype)[i : i + 1] * side)[i] / side for i in (0, 1) for side in (-1e-7, 1e-7)
+    ]
     derivative = jacrev(relevance)(x).squeeze(1).diagonal()
     for i in (0, 1):
         low, high = sorted(slopes[2 * i : 2 * i + 2])

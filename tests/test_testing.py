@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ VICTIMS: dict[str, tuple[lrp.Rule, tuple[Any, ...]]] = {
 def test_the_assertions_find_a_broken_library(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     break_it, expected = mutants.LIBRARY[fault]
     rule, blocks = VICTIMS[fault]
-    case = Case(Net(blocks, (2, 4), seed=7), [(DENSE, rule)] + lrp.attn_lrp(), Start())
+    case = Case(Net(blocks, (2, 4), seed=7), lrp.Composite([(DENSE, rule)]) + lrp.attn_lrp(), Start())
     case.check(expected)
     break_it(monkeypatch)
     # A net of its own, so that neither case uses what was recorded for the other.
@@ -103,6 +104,28 @@ class WrongTwice(lrp.Rule):
 
     def propagate(self, layer: lrp.BoundLayer, message: Any) -> tuple[Any, ...]:
         return lrp.Epsilon(0.1).propagate(layer, lrp.Relevance(message.value.relu()))
+
+
+def test_the_walk_through_in_contributing() -> None:
+    """Its snippets run, the rule passes, and each way to break it is found as it says."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    section = text.partition("## Write a rule of your own")[2].partition("## The invariants")[0]
+    namespace: dict[str, Any] = {"__name__": __name__}
+    for snippet in re.findall(r"```python\n(.*?)```", section, re.S):
+        exec(compile(snippet, "CONTRIBUTING.md", "exec"), namespace)
+    expected = {"Detached": "exact_derivatives", "Forgetful": "conservation", "Signless": "conservation"}
+    for name, failing in {**expected, "Handwritten": "exact_derivatives"}.items():
+        with pytest.raises(AssertionError, match=f"(?s)^{name}.*fails.*\n{failing}: "):
+            check_rule(namespace[name](), examples=8, skip={*testing.PROPERTIES} - {failing})
+
+
+def test_every_invariant_names_tests_that_exist() -> None:
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    table = text.partition("## The invariants")[2]
+    sources = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    named = set(re.findall(r"\b(test_\w+)(?!\.py)\b(?!\.py)", table))
+    assert len(named) > 15
+    assert [name for name in named if f"def {name}(" not in sources] == []
 
 
 def test_skip_names_properties() -> None:

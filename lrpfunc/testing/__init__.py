@@ -29,10 +29,11 @@ It needs hypothesis: `pip install 'lrpfunc[testing]'`.
 """
 
 try:
-    import hypothesis as _hypothesis
+    import hypothesis as _hypothesis  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "lrpfunc.testing needs hypothesis, which is not installed:\n\n    pip install 'lrpfunc[testing]'", name="hypothesis"
+        "lrpfunc.testing needs hypothesis, which is not installed:\n\n    pip install 'lrpfunc[testing]'",
+        name="hypothesis",
     ) from error
 
 from lrpfunc.testing._assertions import assert_compiles as assert_compiles

@@ -295,7 +295,9 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 def _close(ours: Any, theirs: Any, tolerance: float, what: str, scales: Any = ()) -> None:
     pairs = list(zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True))
-    magnitudes = [leaf.abs().max() for leaf in (*pytree.tree_leaves(theirs), *pytree.tree_leaves(scales)) if leaf.numel()]
+    magnitudes = [
+        leaf.abs().max() for leaf in (*pytree.tree_leaves(theirs), *pytree.tree_leaves(scales)) if leaf.numel()
+    ]
     scale = max([float(m) for m in magnitudes], default=0.0)
     worst = torch.tensor([_difference(a.detach(), b.detach()) for a, b in pairs]).max() if pairs else torch.tensor(0)
     if not worst <= tolerance * scale:  # NaN is no agreement

@@ -44,7 +44,6 @@ PROPERTIES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 """What is asserted of every rule, and how. `fullgraph` until the walk is lowered to one graph."""
 
 
-
 @dataclass(frozen=True)
 class Case:
     """A model, rules and a target, for which properties hold or do not.
@@ -108,7 +107,7 @@ _SETTINGS = settings(
     deadline=None,
     print_blob=False,
     report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
     verbosity=Verbosity.quiet,
 )
 
@@ -166,7 +165,7 @@ def _serving(rule: lrp.Rule, selector: Selector | None) -> tuple[str, lrp.Compos
     elif selector is None:
         where = "lambda layer: len(layer.outputs) == 1 and rule.objection(layer) is None"
         selector = lambda layer: len(layer.outputs) == 1 and rule.objection(layer) is None  # noqa: E731
-    return f"rule = {rule!r}\nrules = [({where}, rule)] + {code(_REST)}", [(selector, rule)] + _REST
+    return f"rule = {rule!r}\nrules = [({where}, rule)] + {code(_REST)}", lrp.Composite([(selector, rule)]) + _REST
 
 
 def _serves_dense(rule: lrp.Rule) -> bool:
@@ -241,7 +240,8 @@ def _shrunk(drawn: st.SearchStrategy[Case], name: str, examples: int, first: Fai
             raise _EnoughError
         if (key := _key(case)) not in failed:
             tried.add(key)
-            failed.update({key: (case, error) for error in case.failures([name]).values()})
+            for error in case.failures([name]).values():
+                failed[key] = (case, error)
         if key in failed:
             raise _FoundError
 

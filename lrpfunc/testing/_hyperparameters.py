@@ -67,4 +67,3 @@ def _mapped(value: Any, change: Callable[[Any], Any], tensorial: bool = False) -
     if all(changed[name] is getattr(value, name) for name in changed):
         return value
     return dataclasses.replace(value, **changed)
-

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal, Protocol, final
 
 import torch
@@ -54,7 +54,7 @@ class Scope:
         return lambda *inputs, **kwargs: functional_call(module, tensors, inputs, kwargs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(make: Callable[..., nn.Module], args: tuple[Any, ...], options: tuple[tuple[str, Any], ...]) -> nn.Module:
     # Shared by all nets, so that equal nets are captured once. A net makes what it needs before it is first traced.
     return make(*args, **dict(options), dtype=torch.float64).eval()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
+from hypothesis import reject
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -163,16 +164,16 @@ def models(
         body = st.tuples(certain, rest, st.booleans()).map(lambda d: d[1] + d[0] if d[2] else d[0] + d[1])
     layers = st.tuples(body, head).map(lambda drawn: drawn[0] if drawn[1] is None else (*drawn[0], drawn[1]))
     shapes = st.one_of([_SHAPES[n] for n in dimensions])
-    return st.builds(_net_or_none, layers, shapes, st.integers(0, 1000), values).filter(lambda net: net is not None)
+    return st.builds(_net, layers, shapes, st.integers(0, 1000), values)
 
 
-def _net_or_none(*fields: Any) -> Net | None:
+def _net(*fields: Any) -> Net:
     try:
         net = Net(*fields)
         model_fn, params, x = net.case()
         torch.func.grad(lambda x: model_fn(params, x).sum())(x)
     except (ValueError, RuntimeError):
-        return None  # torch refuses some of the smallest shapes, and to differentiate what is overwritten too soon
+        reject()  # torch refuses some of the smallest shapes, and to differentiate what is overwritten too soon
     return net
 
 
