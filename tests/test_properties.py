@@ -121,6 +121,9 @@ RULES: dict[str, lrp.Rule] = {
     **{f"sum_{name}": rule for name, rule in SUM_RULES.items()},
     **{f"attention_{name}": rule for name, rule in ATTENTION_RULES.items()},
 }
+SINGULAR = ("epsilon_zero", "sum_uniform")
+"""Rules with points where relevance jumps: `0 / 0` is read as 0, and a zero activation is left with relevance."""
+
 SERVED: dict[str, lrp.Selector] = {
     "activation": lrp.Activation,
     "sum": lrp.Sum | lrp.AvgPool,
@@ -132,7 +135,9 @@ SERVED: dict[str, lrp.Selector] = {
 def test_every_rule(name: str) -> None:
     rule = RULES[name]
     skip = ["linear_in_relevance"] if isinstance(rule, SIGNED) else []
-    check_rule(rule, SERVED.get(name.partition("_")[0]), examples=20, skip=[*skip, "compiles"])
+    if name in SINGULAR:
+        skip = ["exact_derivatives"]
+    check_rule(rule, SERVED.get(name.partition("_")[0]), examples=12, skip=[*skip, "compiles"])
 
 
 @pytest.mark.parametrize("name", COMPOSITES)

@@ -180,10 +180,11 @@ def _estimate(g: Callable[[float], float], step: float) -> Estimate:
     central = [(up - down) / (2 * h) for (up, down), h in zip(sides, steps, strict=True)]
     coarse, fine = ((4 * b - a) / 3 for a, b in itertools.pairwise(central))
     rounding = 1e-15 * max(abs(middle), *(abs(v) for pair in sides for v in pair)) / step
-    # The difference of the slopes of both sides shrinks with the step where there is no kink.
-    jumps = [abs(up - 2 * middle + down) / h for (up, down), h in zip(sides, steps, strict=True)]
-    kink = jumps[2] > 0.5 * jumps[0] and jumps[2] > 1e-7 * max(abs(fine), 1e-9) + 100 * rounding
-    return Estimate(fine, abs(fine - coarse) + 10 * rounding, kink)
+    error = abs(fine - coarse) + 10 * rounding
+    # The difference of the slopes of both sides: its limit for a step of 0, which is 0 where there is no kink.
+    bends = [(up - 2 * middle + down) / h for (up, down), h in zip(sides, steps, strict=True)]
+    kink = abs(4 * bends[2] - bends[0]) / 3 > 10 * error + 1e-6 * abs(fine) + 100 * rounding
+    return Estimate(fine, error, kink)
 
 
 def _blamed(along: Along, terms: list[Tensor]) -> Iterator[str]:

@@ -154,7 +154,7 @@ def models(
         >>> from hypothesis import find, settings
         >>> from lrpfunc.testing import models
         >>> find(models(["dense", "activation"]), lambda net: net.outputs() > 1, settings=settings(database=None))
-        Net(blocks=(Linear(),), shape=(1, 2))
+        Net(blocks=(Linear(out=2, bias=False),), shape=(1, 1))
     """
     head = st.none() | st.builds(Linear, st.integers(1, 3))
     body = _blocks(families, max_blocks)
@@ -249,9 +249,10 @@ def rules(families: Sequence[str] = tuple(RULES)) -> st.SearchStrategy[lrp.Rule]
 
     Example:
         >>> from hypothesis import find, settings
+        >>> import lrpfunc as lrp
         >>> from lrpfunc.testing import rules
-        >>> find(rules(["linear"]), lambda rule: True, settings=settings(database=None))
-        Epsilon(epsilon=0.1, zero_params=None)
+        >>> find(rules(["product"]), lambda rule: rule != lrp.Uniform(), settings=settings(database=None))
+        Gradient(of='multiplier')
     """
     return st.one_of([RULES[name] for name in families])
 
@@ -282,8 +283,8 @@ def composites(*, cotangent: bool = True) -> st.SearchStrategy[lrp.Composite]:
     Example:
         >>> from hypothesis import find, settings
         >>> from lrpfunc.testing import composites
-        >>> len(find(composites(), lambda rules: True, settings=settings(database=None)).entries)
-        11
+        >>> find(composites(), lambda rules: rules.cotangent, settings=settings(database=None))
+        Composite(entries=(), cotangent=True)
     """
     entries = st.sampled_from(list(RULES)).flatmap(lambda name: st.tuples(st.just(name), RULES[name]))
     composed = st.builds(
@@ -333,7 +334,7 @@ def targets(outputs: int) -> st.SearchStrategy[Any]:
     Example:
         >>> from hypothesis import find, settings
         >>> from lrpfunc.testing import targets
-        >>> find(targets(3), lambda target: True, settings=settings(database=None))
+        >>> find(targets(3), lambda target: isinstance(target, int), settings=settings(database=None))
         0
     """
     index = st.integers(0, outputs - 1)
