@@ -209,7 +209,6 @@ _ONE_SIDED = [(2.0, 1.0), (1.0, 0.0), (1.5, 0.5)]
 RULES: dict[str, Strategy] = {
     "linear": st.one_of(
         st.builds(lrp.Epsilon, _stabilizers, _zeroed),
-        st.just(lrp.Epsilon(0.0)),
         st.builds(lrp.ZPlus, _stabilizers, _zeroed),
         st.builds(lrp.Gamma, st.sampled_from([0.25, 0.0, 1.0]), _stabilizers, _zeroed),
         st.sampled_from(_ONE_SIDED).flatmap(lambda ab: st.builds(lrp.AlphaBeta, *map(st.just, ab), _stabilizers)),
