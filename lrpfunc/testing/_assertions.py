@@ -18,6 +18,9 @@ ModelFn = Callable[..., Any]
 ROUNDING = 1e-9
 """What two ways to compute the same numbers in float64 may differ by, relative to the largest."""
 
+CANCELLED = 1e-4
+"""Numbers below are compared as if they were as large: behind a layer norm of one feature all of it is rounding."""
+
 
 def assert_gradient_equivalence(
     model_fn: ModelFn, params: Any, x: Any, rules: Any = None, *, homogeneous: bool = False, tolerance: float = ROUNDING
@@ -300,5 +303,5 @@ def _close(ours: Any, theirs: Any, tolerance: float, what: str, scales: Any = ()
     ]
     scale = max([float(m) for m in magnitudes], default=0.0)
     worst = torch.tensor([_difference(a.detach(), b.detach()) for a, b in pairs]).max() if pairs else torch.tensor(0)
-    if not worst <= tolerance * scale:  # NaN is no agreement
+    if not worst <= tolerance * max(scale, CANCELLED):  # NaN is no agreement
         raise AssertionError(f"{what} differ by {float(worst):.3g}, and the largest number is {scale:.3g}")
