@@ -15,6 +15,7 @@ import functools
 import gc
 import hashlib
 import itertools
+import operator
 import os
 import site
 import sys
@@ -253,8 +254,11 @@ class Environment:
 
 def forget_cached(is_foreign: Callable[[Any], bool]) -> None:
     """Empties each `functools.lru_cache` of the process, installed code's too, that holds a trace's own tensors."""
-    for obj in gc.get_objects():
-        if type(obj) is functools._lru_cache_wrapper and _holds(gc.get_referents(obj), is_foreign):
+    objects = gc.get_objects()
+    # Without a loop in Python: there are millions of objects in a process that has compiled something.
+    cached = map(operator.is_, map(type, objects), itertools.repeat(functools._lru_cache_wrapper))
+    for obj in itertools.compress(objects, cached):
+        if _holds(gc.get_referents(obj), is_foreign):
             obj.cache_clear()
 
 

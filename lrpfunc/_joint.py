@@ -191,6 +191,7 @@ def _keep_what_is_computed(joint: Joint) -> None:
         for step in steps:
             node.prepend(step)
         joint.early.update(steps)
+        joint.forward = {key: value if copy is node else copy for key, copy in joint.forward.items()}
         _replace(joint, node, value)
     _return(joint, (*joint.outputs, *joint.relevance))
 
@@ -236,9 +237,11 @@ class _Facts:
 
 def _simpler(node: fx.Node, facts: _Facts) -> fx.Node | None:
     match node.target, node.args:
-        case aten.where.self, (condition, _, kept) if kept in facts.finite and _is(condition, aten.isinf.default, kept):
-            return kept
-        case aten.clamp.default, (x, 0) if x in facts.nonnegative:
+        case aten.where.self, (condition, _, fx.Node() as kept):
+            never_infinite = kept in facts.finite and _is(condition, aten.isinf.default, kept)
+            never_negative = kept in facts.nonnegative and _is(condition, aten.lt.Scalar, kept, 0)
+            return kept if never_infinite or never_negative else None
+        case aten.mul.Tensor, (fx.Node() as x, 1):
             return x
         case aten.mul.Tensor, (fx.Node() as x, fx.Node() as masked):
             for z, m in ((x, masked), (masked, x)):
@@ -306,8 +309,8 @@ def _behind(
     """The `inputs` and what is made of them alone, among the nodes that `takes` takes."""
     found = set(inputs)
     for node in joint.graph.nodes:
-        operands = node.all_input_nodes
-        if node.op == "call_function" and operands and found.issuperset(operands) and takes(node):
+        made = node.op in ("call_function", "get_attr") and found.issuperset(node.all_input_nodes)
+        if made and takes(node):
             found.add(node)
     return found
 

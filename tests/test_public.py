@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lrpfunc as lrp
+from lrpfunc import testing
 from tests.cases import COMPOSITES
 
 PUBLIC = [name for name in vars(lrp) if not name.startswith("_") and not inspect.ismodule(getattr(lrp, name))]
@@ -26,6 +27,25 @@ def test_every_public_name_has_an_example(name: str) -> None:
 @pytest.mark.parametrize("name", [*ERRORS, *PARTS])
 def test_every_other_public_name_has_a_docstring(name: str) -> None:
     assert getattr(lrp, name).__doc__
+
+
+TESTING = [name for name in vars(testing) if not name.startswith("_") and not inspect.ismodule(getattr(testing, name))]
+CONSTANTS = ["FAMILIES", "PROPERTIES"]
+BLOCKS = ["Branch", "Conv", "Gated", "InPlace", "Linear", "Loop", "Normalize", "Pointwise", "Pool", "Rearrange"]
+BLOCKS += ["Residual", "Reuse", "SelfAttention", "Tied"]
+
+
+@pytest.mark.parametrize("name", [n for n in TESTING if n not in (*CONSTANTS, *BLOCKS)])
+def test_every_public_name_of_testing_has_an_example(name: str) -> None:
+    assert "Example:" in (inspect.getdoc(getattr(testing, name)) or "")
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_block_has_a_docstring_and_can_be_made_without_arguments(name: str) -> None:
+    block = getattr(testing, name)
+    assert block.__doc__
+    assert repr(block()) == f"{name}()"
+    assert testing.Net((block(),), (2, 3)).outputs() >= 1
 
 
 def test_errors_are_builtin_errors_too() -> None:

@@ -126,12 +126,15 @@ def _terms(rule: Rule) -> tuple[tuple[float | Tensor, Rule], ...]:
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Combination(Rule):
     """A linear combination of rules, as the algebra of rules makes it."""
 
     terms: tuple[tuple[float | Tensor, Rule], ...]
     form: ClassVar[Form] = "either"
+
+    def __repr__(self) -> str:
+        return f"({' + '.join(f'{weight} * {rule}' for weight, rule in self.terms)})"
 
     def __mul__(self, factor: float | Tensor) -> Rule:
         if not _is_factor(factor):
@@ -193,12 +196,14 @@ def kept(layer: BoundLayer, zero_params: ZeroParams) -> tuple[Tensor, Tensor | N
     return torch.zeros_like(weight) if "weight" in names else weight, None if "bias" in names else bias
 
 
+# Not clamps: at 0 the derivatives of both are the same number, 0 or 1 as torch chooses, so that the derivative of
+# `positive + negative`, which is the tensor itself, would be 0 or 2.
 def positive(tensor: Tensor) -> Tensor:
-    return tensor.clamp(min=0)
+    return torch.where(tensor < 0, 0, tensor)
 
 
 def negative(tensor: Tensor) -> Tensor:
-    return tensor.clamp(max=0)
+    return torch.where(tensor < 0, tensor, 0)
 
 
 def of_bias(part: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor | None:
