@@ -208,7 +208,8 @@ class BoundLayer:
     def _outputs(self, result: Any) -> Any:
         if isinstance(result, Tensor):
             return result
-        return tuple(result[i] for i, node in enumerate(self.layer.outputs) if node is not None)
+        outputs = tuple(result[i] for i, node in enumerate(self.layer.outputs) if node is not None)
+        return outputs[0] if len(self.layer.outputs) == 1 else outputs
 
     def vjp(self, *cotangents: Tensor, wrt: Sequence[fx.Node] | None = None) -> tuple[Tensor, ...]:
         """The plain VJP, with respect to the inputs unless told otherwise."""

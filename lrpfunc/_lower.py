@@ -11,12 +11,14 @@ from torch import Tensor, fx
 
 from lrpfunc._call import Call
 from lrpfunc._capture import isolated, retrace
+from lrpfunc._cut import Programs, cut, recompute
 from lrpfunc._environment import Environment
 from lrpfunc._forward import Forward, relevance, walk
-from lrpfunc._joint import Programs, cut, join, simplify
+from lrpfunc._joint import Joint, join
 from lrpfunc._layer import BoundLayer, Layer
 from lrpfunc._message import Message
 from lrpfunc._operations import EXACT, IN_WALK, scaled_dot_product_attention
+from lrpfunc._passes import simplify
 from lrpfunc._propagate import assign
 from lrpfunc._torch import constant, is_differentiated, vjp
 
@@ -44,6 +46,7 @@ def lowered(
     given: Sequence[Tensor] = (),
     *,
     bound: Bound | None = None,
+    segments: int = 1,
     reuse: bool = False,
     exact: bool = False,
 ) -> Forward:
@@ -54,6 +57,7 @@ def lowered(
         form: The form of the messages that relevance will start with.
         given: The tensors, if they are known, that those are made of.
         bound: The first arguments, if they are bound.
+        segments: In how many parts the walk computes the forward pass anew; with 1 it does not.
         reuse: Whether the walk will be taken several times: what it always computes is then computed once.
         exact: Whether the walk must have all derivatives, though no tensor known so far is differentiated.
     """
@@ -61,10 +65,13 @@ def lowered(
     count = 0 if bound is None else bound.count
     inputs = [*call.arguments[count:], *call.program.enclosed(call.closed), *environment.tensors]
     exact = exact or reuse or any(map(is_differentiated, (*call.arguments[:count], *inputs, *given)))
-    key = (environment.key, form, call.requested, count, exact, reuse)
+    key = (environment.key, form, call.requested, count, segments, exact, reuse)
     programs = call.graph.lowered.get(key)
     if programs is None:
-        programs = _lower(call, environment, form, count, exact, reuse)
+        joint = _joint(call, environment, form, exact)
+        if segments > 1:
+            recompute(joint, segments)
+        programs = cut(joint, count, reuse)
         call.graph.lowered.put(key, programs)
     prepared = [] if bound is None else bound.prepared(programs, call.arguments[:count])
     results = programs.forward([*prepared, *inputs])
@@ -74,7 +81,7 @@ def lowered(
 
     def pull(start: Sequence[Message]) -> list[Tensor]:
         if not exact and any(is_differentiated(message.value) for message in start):
-            return lowered(call, form, bound=bound, exact=True).pull(start)
+            return lowered(call, form, bound=bound, segments=segments, exact=True).pull(start)
         needed = [*saved, *(message.value for message in start)]
         if not reuse:
             saved.clear()  # so that the walk can free each tensor that it is past
@@ -83,7 +90,7 @@ def lowered(
     return Forward(outputs, aux, pull)
 
 
-def _lower(call: Call, environment: Environment, form: type[Message], count: int, exact: bool, reuse: bool) -> Programs:
+def _joint(call: Call, environment: Environment, form: type[Message], exact: bool) -> Joint:
     program, graph = call.program, call.graph
     nodes = program.nodes
     values, spec = pytree.tree_flatten([node.meta["val"] for node in nodes])
@@ -102,7 +109,7 @@ def _lower(call: Call, environment: Environment, form: type[Message], count: int
     module = retrace(traced, [values[place] for place in places], starts, environment)
     joint = join(program, list(_leaves(nodes)), module, [layer.output for layer in shared])
     simplify(joint)
-    return cut(joint, count, reuse)
+    return joint
 
 
 def _leaves(nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, int | None]]:

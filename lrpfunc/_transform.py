@@ -38,6 +38,7 @@ class Attribution(Description):
     layers: Globs
     inline_functions: bool
     lowered: bool
+    segments: int
     with_value: bool
 
     handle: str = field(init=False, repr=False, compare=False)
@@ -90,7 +91,10 @@ class Attribution(Description):
         bound: Bound | None = None,
     ) -> Any:
         call = captured(self, args, kwargs)
-        forward = lowered(call, form(target), _tensors(target), bound=bound) if self.lowered else op_by_op(call)
+        if self.lowered:
+            forward = lowered(call, form(target), _tensors(target), bound=bound, segments=self.segments)
+        else:
+            forward = op_by_op(call)
         output = call.output(forward.outputs)
         relevance = call.answer(forward.pull(start(target, output)))
         match self.with_value, self.has_aux:
@@ -137,6 +141,7 @@ def attribute(
     layers: Globs = None,
     inline_functions: bool = False,
     lowered: bool = True,
+    segments: int = 1,
 ) -> Attribution:
     """Transforms a model function into one that explains it: the relevance of an argument for the output.
 
@@ -155,6 +160,9 @@ def attribute(
         inline_functions: Explain the forward of a custom `autograd.Function` instead of refusing it.
         lowered: Run the forward pass and the walk as one flat program, made at the first call with tensors of such
             shapes. `False` takes the operations and rules one at a time, so that a debugger can stop in a rule.
+        segments: Trades compute for memory, as `torch.utils.checkpoint` does: the walk back computes the forward pass
+            anew in that many parts, and only what stands between them is kept. About the square root of the number of
+            layers needs the least memory.
 
     Returns:
         `f(*args, target=None, **kwargs)`, which returns relevance shaped like `args[argnums]` (a tuple for a tuple);
@@ -186,7 +194,9 @@ def attribute(
         S. Bach et al., "On pixel-wise explanations for non-linear classifier decisions by layer-wise relevance
         propagation", PLOS ONE 10(7), 2015.
     """
-    return _attribution(model_fn, rules, argnums, has_aux, layers, inline_functions, lowered, with_value=False)
+    return _attribution(
+        model_fn, rules, argnums, has_aux, layers, inline_functions, lowered, segments, with_value=False
+    )
 
 
 def attribute_and_value(
@@ -198,6 +208,7 @@ def attribute_and_value(
     layers: Globs = None,
     inline_functions: bool = False,
     lowered: bool = True,
+    segments: int = 1,
 ) -> Attribution:
     """Like `attribute`, and returns the model's output as well, from the same single forward pass.
 
@@ -209,6 +220,7 @@ def attribute_and_value(
         layers: As for `attribute`.
         inline_functions: As for `attribute`.
         lowered: As for `attribute`.
+        segments: As for `attribute`.
 
     Returns:
         A function that returns `(relevance, output)`; with `has_aux`, `(relevance, (output, aux))`, in the order of
@@ -220,7 +232,8 @@ def attribute_and_value(
         >>> fn(torch.ones(2, 1), torch.tensor([[1.0, 3.0]]), target=0)
         (tensor([[1.0000, 3.0000]]), tensor([[4.]]))
     """
-    return _attribution(model_fn, rules, argnums, has_aux, layers, inline_functions, lowered, with_value=True)
+    options = (argnums, has_aux, layers, inline_functions, lowered, segments)
+    return _attribution(model_fn, rules, *options, with_value=True)
 
 
 def _attribution(
@@ -231,6 +244,7 @@ def _attribution(
     layers: Globs,
     inline_functions: bool,
     lowered: bool,
+    segments: int,
     *,
     with_value: bool,
 ) -> Attribution:
@@ -239,9 +253,13 @@ def _attribution(
             f"model_fn must be a function such as f(params, x), not {type(model_fn).__name__}; for a module write\n\n"
             "    model_fn, params = lrpfunc.from_module(module)"
         )
+    if segments < 1:
+        raise InputError(f"segments={segments}: the forward pass is computed anew in 2 parts or more, or not at all, 1")
     argnums = argnums if isinstance(argnums, int) else tuple(argnums)
     layers = layers if layers is None or isinstance(layers, str) else tuple(layers)
-    return Attribution(model_fn, as_composite(rules), argnums, has_aux, layers, inline_functions, lowered, with_value)
+    return Attribution(
+        model_fn, as_composite(rules), argnums, has_aux, layers, inline_functions, lowered, segments, with_value
+    )
 
 
 @uncompiled
@@ -276,7 +294,7 @@ def vjp(
         <BLANKLINE>
                 [[0.0000, 3.0000]]])
     """
-    attribution = _attribution(model_fn, rules, argnums, has_aux, None, False, True, with_value=False)
+    attribution = _attribution(model_fn, rules, argnums, has_aux, None, False, True, 1, with_value=False)
     call = captured(attribution, primals, kwargs)
     forward = lowered(call, Relevance, reuse=True)
     output = call.output(forward.outputs)

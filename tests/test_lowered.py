@@ -147,6 +147,27 @@ def test_memory_is_freed_as_the_walk_goes() -> None:
     assert peak_memory(lambda: relevance_fn(params, x, target=0)) <= 1.25 * peak_memory(gradient(model, x, 0))
 
 
+@pytest.mark.parametrize("rules", [lrp.epsilon(), lrp.epsilon_plus()])
+def test_segments_trade_compute_for_memory(rules: lrp.Composite) -> None:
+    model_fn, params = lrp.from_module(Stack(36).eval().requires_grad_(False))
+    x = torch.randn(2, 4, 64, 64)
+    whole, parts = (lrp.attribute(model_fn, rules, segments=n) for n in (1, 6))
+    assert torch.equal(whole(params, x, target=0), parts(params, x, target=0))
+    assert peak_memory(lambda: parts(params, x, target=0)) < 0.6 * peak_memory(lambda: whole(params, x, target=0))
+    runs = [counted(lambda: fn(params, x, target=0))["convolution"] for fn in (whole, parts)]  # noqa: B023
+    assert 30 <= runs[1] - runs[0] <= 36
+
+
+@pytest.mark.parametrize("model", [*MODELS, *ATTENTION_MODELS])
+def test_segments_change_no_number(model: str) -> None:
+    case = {**MODELS, **ATTENTION_MODELS}[model]()
+    fns = [lrp.attribute(case.model_fn, lrp.attn_lrp() + lrp.epsilon_plus(), segments=n) for n in (1, 3)]
+    whole, parts = (fn(case.params, case.x, target=1) for fn in fns)
+    assert torch.equal(whole, parts)
+    slopes = [torch.func.grad(lambda x: fn(case.params, x, target=1).square().sum())(case.x) for fn in fns]  # noqa: B023
+    assert largest_difference(*slopes) < 1e-12
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # When a program may be used again
 
@@ -154,7 +175,7 @@ def test_memory_is_freed_as_the_walk_goes() -> None:
 def test_a_program_is_made_once_for_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     w, x = normal(3, 2), normal(4, 3)
     made: list[Any] = []
-    monkeypatch.setattr(_lower, "_lower", lambda *args, make=_lower._lower: made.append(args) or make(*args))
+    monkeypatch.setattr(_lower, "_joint", lambda *args, make=_lower._joint: made.append(args) or make(*args))
 
     def model_fn(w: Tensor, x: Tensor) -> Tensor:
         return x @ w

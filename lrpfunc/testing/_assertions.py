@@ -255,7 +255,7 @@ def assert_compiles(
     Example:
         >>> import lrpfunc as lrp
         >>> from lrpfunc.testing import Linear, Net, assert_compiles
-        >>> assert_compiles(*Net((Linear(2),)).case(), lrp.epsilon(0.1), target=0, fullgraph=False, backend="eager")
+        >>> assert_compiles(*Net((Linear(2),)).case(), lrp.epsilon(0.1), target=0, backend="eager")
     """
     fn = lrp.attribute(model_fn, rules)
 

@@ -39,9 +39,9 @@ PROPERTIES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "pure": (assert_pure, {}),
     "linear_in_relevance": (assert_linear_in_relevance, {}),
     "gradient_equivalence": (assert_gradient_equivalence, {}),
-    "compiles": (assert_compiles, {"fullgraph": False}),
+    "compiles": (assert_compiles, {}),
 }
-"""What is asserted of every rule, and how. `fullgraph` until the walk is lowered to one graph."""
+"""What is asserted of every rule, and how."""
 
 
 @dataclass(frozen=True)
