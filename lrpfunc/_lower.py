@@ -18,7 +18,7 @@ from lrpfunc._joint import Joint, join
 from lrpfunc._layer import BoundLayer, Layer
 from lrpfunc._message import Message
 from lrpfunc._operations import EXACT, IN_WALK, scaled_dot_product_attention
-from lrpfunc._passes import simplify
+from lrpfunc._passes import reuse_memory, simplify
 from lrpfunc._propagate import assign
 from lrpfunc._torch import constant, is_differentiated, vjp
 
@@ -71,6 +71,8 @@ def lowered(
         joint = _joint(call, environment, form, exact)
         if segments > 1:
             recompute(joint, segments)
+        if not (exact or bound):
+            reuse_memory(joint)
         programs = cut(joint, count, reuse)
         call.graph.lowered.put(key, programs)
     prepared = [] if bound is None else bound.prepared(programs, call.arguments[:count])

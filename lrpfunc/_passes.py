@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,3 +137,46 @@ def _simpler(node: fx.Node, facts: _Facts) -> fx.Node | None:
 
 def _is(node: Any, target: Any, *args: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is target and node.args == args
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+_IN_PLACE: dict[Any, Any] = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+}
+_COMMUTES = (aten.add.Tensor, aten.mul.Tensor)
+_OF_ITS_OWN = {*_IN_PLACE, *_IN_PLACE.values(), aten.convolution.default, aten.clamp_min.default, aten.where.self}
+
+
+def reuse_memory(joint: Joint) -> None:
+    """Lets arithmetic of the walk write into an operand that nothing else needs, if no derivative is taken.
+
+    Large tensors are slow to allocate. What is written to is never an input, nor a value of the forward pass.
+    """
+    order = {node: index for index, node in enumerate(joint.graph.nodes)}
+    for node in joint.graph.nodes:
+        if node in joint.early or node.target not in _IN_PLACE or node.kwargs:
+            continue
+        operands = node.args if node.target in _COMMUTES else node.args[:1]
+        written = next((x for x in operands if isinstance(x, fx.Node) and _is_free(x, node, joint, order)), None)
+        if written is not None:
+            others = [x for x in node.args if x is not written]
+            node.args = (written, *others)
+            node.target = _IN_PLACE[node.target]
+
+
+def _is_free(x: fx.Node, node: fx.Node, joint: Joint, order: dict[fx.Node, int]) -> bool:
+    """Whether `x` is a tensor of its own, like the result of `node`, which is the last to use it."""
+    made_by = x.args[0].target if x.target is operator.getitem else x.target  # type: ignore[union-attr]
+    own = made_by in _OF_ITS_OWN or (x.target is operator.getitem and made_by is aten.convolution_backward.default)
+    if not own or x in joint.early or x in joint.relevance or node.args.count(x) != 1:
+        return False
+    like, value = node.meta.get("val"), x.meta.get("val")
+    if like is None or value is None or (like.shape, like.dtype) != (value.shape, value.dtype):
+        return False
+    views = any(operation_name(user) in SELECT or user.target in _IN_PLACE.values() for user in x.users)
+    return not views and all(order[user] <= order[node] for user in x.users)

@@ -98,6 +98,8 @@ class AlphaBeta(Rule):
         z = layer.affine(positive(layer.input), same(weight), of_bias(same, bias))
         if not layer.layer.nonnegative:
             z = z + layer.affine(negative(layer.input), other(weight), None)
+        if favour:  # a sum of what is not negative, but for rounding
+            return Quotient.of(message.value, z.clamp_min(0), self.stabilizer, sign=1)
         return Quotient.of(message.value, z, self.stabilizer)
 
     def objection(self, layer: Layer) -> str | None:
