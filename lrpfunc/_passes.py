@@ -131,7 +131,9 @@ def _simpler(node: fx.Node, facts: _Facts) -> fx.Node | None:
                 if m.target is not aten.threshold_backward.default:
                     continue
                 if m.args[1] is z or _is(m.args[1], aten.relu.default, z):
-                    return node.graph.call_function(aten.mul.Tensor, (m.args[1], m.args[0]))
+                    folded = node.graph.call_function(aten.mul.Tensor, (m.args[1], m.args[0]))
+                    folded.meta = dict(node.meta)
+                    return folded
     return None
 
 
