@@ -387,3 +387,31 @@ def test_exports_to_a_process_without_lrpfunc(reordering: Any, tmp_path: Path) -
     torch.save((x, bound(x, target=3)), tmp_path / "expected.pt")
     paths = [str(tmp_path / name) for name in ("program.pt2", "expected.pt")]
     subprocess.run([sys.executable, "-c", LOAD, *paths], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other dtypes and layouts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("model", ["residual", "transformer", "fused"])
+def test_other_dtypes(model: str, dtype: torch.dtype) -> None:
+    case = {**MODELS, **ATTENTION_MODELS}[model]()
+    params, x = pytree.tree_map(lambda t: t.detach().to(dtype), (case.params, case.x))
+    rules = lrp.attn_lrp() + lrp.epsilon_plus(0.1, stabilizer=0.1)
+    found, steps = (lrp.attribute(case.model_fn, rules, lowered=n)(params, x, target=1) for n in (True, False))
+    assert found.dtype == dtype
+    assert largest_difference(found, steps) < 16 * torch.finfo(dtype).eps
+
+
+def test_autocast_and_channels_last() -> None:
+    case = MODELS["residual"]()
+    params, x = pytree.tree_map(lambda t: t.detach().float(), (case.params, case.x))
+    fns = [lrp.attribute(case.model_fn, COMPOSITES["epsilon_plus"], lowered=n) for n in (True, False)]
+    expected = fns[0](params, x, target=1)
+    rearranged = x.to(memory_format=torch.channels_last)
+    assert largest_difference(fns[0](params, rearranged, target=1), expected) < 1e-5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, steps = (fn(params, x, target=1) for fn in fns)
+    assert largest_difference(found.float(), steps.float()) < 0.02
+    assert largest_difference(found.float(), expected) < 0.2
