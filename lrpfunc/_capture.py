@@ -135,9 +135,11 @@ class _Watch(TorchFunctionMode):
         self.inputs = inputs
         self.transforms = False
         self.reads = False
+        self.no_grad = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.transforms |= inside_transform()
+        self.no_grad |= func is torch._C._set_grad_enabled and args[0] is False
         name = getattr(func, "__name__", "")
         if name == "_pack_padded_sequence":
             raise CaptureError(_PACKED)
@@ -328,12 +330,16 @@ def retrace(
     tensors: Sequence[Tensor],
     start: Sequence[Tensor],
     environment: Environment,
-) -> fx.GraphModule:
+) -> tuple[fx.GraphModule, bool]:
     """A function of tensors as plain operations, which have all the derivatives that it has.
 
     It may use torch.func and read the tensors of the environment, which are the last inputs of the result. Operations
     are recorded after dispatch: a trace before it does not see the levels of transforms.
+
+    Returns:
+        The operations, and whether they may be used again: not if a number inside a tensor became part of them.
     """
+    watches: list[_Watch] = []
 
     def trace() -> fx.GraphModule:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
@@ -341,7 +347,9 @@ def retrace(
         fakes = [_fake(list(map(describe_tensor, group)), mode) for group in (tensors, start, environment.tensors)]
 
         def watched(tensors: list[Tensor], start: list[Tensor], lifted: list[Tensor]) -> list[Tensor]:
-            with _Watch({id(real): fake for real, fake in zip(environment.tensors, lifted, strict=True)}):
+            watch = _Watch({id(real): fake for real, fake in zip(environment.tensors, lifted, strict=True)})
+            watches.append(watch)
+            with watch:
                 return walk(tensors, start)
 
         functional: Any = torch.func.functionalize(watched, remove="mutations")
@@ -351,7 +359,7 @@ def retrace(
     _refuse_nested()
     try:
         with _lock:
-            return isolated(trace)
+            module = isolated(trace)
     except Exception as error:
         if type(error).__name__ in _VALUE_DEPENDENT:
             raise RuleError(
@@ -362,6 +370,13 @@ def retrace(
         raise
     finally:
         environment.forget(_is_fake)
+    if watches[-1].no_grad:
+        raise RuleError(
+            "a rule computes under torch.no_grad(), which a trace does not keep: the derivatives of relevance would "
+            "not stop there. Write x.detach(), or walk operation by operation:\n\n"
+            "    lrpfunc.attribute(model_fn, rules, lowered=False)"
+        )
+    return module, not watches[-1].reads
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.graph import _BoxedCodeGen
 
 from lrpfunc._joint import Joint
-from lrpfunc._operations import is_random
+from lrpfunc._operations import aten, is_random
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,7 @@ def cut(joint: Joint, bound: int, reuse: bool) -> Programs:
     """
     steps = [node for node in joint.graph.nodes if node.op in ("call_function", "get_attr")]
     first = _behind(joint, joint.inputs[:bound], lambda node: not is_random(node)) if bound else set()
+    steps += _clones(joint, first)
     early = _behind(joint, first | joint.early, _keeps(reuse))
     late = [node for node in steps if node not in early]
     saved = _read(late, joint.relevance, early)
@@ -48,6 +49,16 @@ def cut(joint: Joint, bound: int, reuse: bool) -> Programs:
         _program(joint, [*prepared, *joint.inputs[bound:]], middle, [*joint.outputs, *saved]),
         _program(joint, [*saved, *joint.start], late, joint.relevance),
     )
+
+
+def _clones(joint: Joint, kept: set[fx.Node]) -> list[fx.Node]:
+    """Gives copies of what is kept from call to call in place of it, where it is returned."""
+    returned = list(dict.fromkeys(node for node in (*joint.outputs, *joint.relevance) if node in kept))
+    clones = {node: joint.graph.call_function(aten.clone.default, (node,)) for node in returned}
+    joint.early.update(clones.values())
+    joint.outputs = [clones.get(node, node) for node in joint.outputs]
+    joint.relevance = [clones.get(node, node) for node in joint.relevance]
+    return list(clones.values())
 
 
 def recompute(joint: Joint, segments: int) -> None:

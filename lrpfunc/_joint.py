@@ -102,19 +102,21 @@ class Written:
     """An operation that runs under a mode, or takes an argument that code cannot spell."""
 
     def __init__(self, node: fx.Node):
-        self._node = node
+        self.node = node
         self._args = node.args, node.kwargs
         self._operands = list(node.all_input_nodes)
         self.__name__ = self.__qualname__ = operation_name(node)
 
     def __call__(self, *tensors: Any) -> Any:
         args, kwargs = map_arg(self._args, dict(zip(self._operands, tensors, strict=True)).__getitem__)
-        return call(self._node, args, kwargs)
+        return call(self.node, args, kwargs)
 
 
 def _written(graph: fx.Graph, node: fx.Node, forward: dict[fx.Node, fx.Node]) -> fx.Node:
     if node.meta["no_grad"] or node.meta["autocast"] or operation_name(node) in ("overwrite", "fused"):
-        return graph.call_function(Written(node), tuple(forward[n] for n in node.all_input_nodes))
+        new = graph.call_function(Written(node), tuple(forward[n] for n in node.all_input_nodes))
+        new.meta = dict(node.meta)
+        return new
     return graph.node_copy(node, forward.__getitem__)
 
 

@@ -63,18 +63,19 @@ def lowered(
     """
     environment = Environment(call.composite, transformed=True)
     count = 0 if bound is None else bound.count
-    inputs = [*call.arguments[count:], *call.program.enclosed(call.closed), *environment.tensors]
+    inputs = [*call.arguments[count:], *call.program.enclosed(call.closed), *constant(environment.tensors)]
     exact = exact or reuse or any(map(is_differentiated, (*call.arguments[:count], *inputs, *given)))
     key = (environment.key, form, call.requested, count, segments, exact, reuse)
     programs = call.graph.lowered.get(key)
     if programs is None:
-        joint = _joint(call, environment, form, exact)
+        joint, stable = _joint(call, environment, form, exact)
         if segments > 1:
             recompute(joint, segments)
         if not (exact or bound):
             reuse_memory(joint)
         programs = cut(joint, count, reuse)
-        call.graph.lowered.put(key, programs)
+        if stable:
+            call.graph.lowered.put(key, programs)
     prepared = [] if bound is None else bound.prepared(programs, call.arguments[:count])
     results = programs.forward([*prepared, *inputs])
     ends = len(call.program.outputs), len(call.program.outputs) + len(call.program.aux)
@@ -92,7 +93,7 @@ def lowered(
     return Forward(outputs, aux, pull)
 
 
-def _joint(call: Call, environment: Environment, form: type[Message], exact: bool) -> Joint:
+def _joint(call: Call, environment: Environment, form: type[Message], exact: bool) -> tuple[Joint, bool]:
     program, graph = call.program, call.graph
     nodes = program.nodes
     values, spec = pytree.tree_flatten([node.meta["val"] for node in nodes])
@@ -108,10 +109,10 @@ def _joint(call: Call, environment: Environment, form: type[Message], exact: boo
         return [*relevance(call, arrived, known), *(_evaluated(layer, known, exact) for layer in shared)]
 
     starts = [node.meta["val"] for node in program.outputs]
-    module = retrace(traced, [values[place] for place in places], starts, environment)
+    module, stable = retrace(traced, [values[place] for place in places], starts, environment)
     joint = join(program, list(_leaves(nodes)), module, [layer.output for layer in shared])
     simplify(joint)
-    return joint
+    return joint, stable
 
 
 def _leaves(nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, int | None]]:

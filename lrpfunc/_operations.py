@@ -268,6 +268,7 @@ def _argument(node: fx.Node, name: str) -> Any:
 
 def is_random(node: fx.Node) -> bool:
     """Whether calling the node again gives another result."""
+    node = getattr(node.target, "node", node)  # of an operation that runs under a mode
     name = operation_name(node)
     if name.endswith("backward"):
         return False

@@ -108,8 +108,14 @@ def _fold(joint: Joint) -> None:
         if node.op == "call_function" and node not in joint.early:
             with joint.graph.inserting_before(node):
                 simpler = _simpler(node, facts)
-            if simpler is not None:
+            if simpler is not None and _alike(simpler, node):
                 _replace(joint, node, simpler)
+
+
+def _alike(first: fx.Node, second: fx.Node) -> bool:
+    """Whether both have one shape and dtype: an operation that changes no number may still promote or broadcast."""
+    a, b = first.meta.get("val"), second.meta.get("val")
+    return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 @dataclass(frozen=True)
@@ -128,9 +134,10 @@ def _simpler(node: fx.Node, facts: _Facts) -> fx.Node | None:
             return x
         case aten.mul.Tensor, (fx.Node() as x, fx.Node() as masked):
             for z, m in ((x, masked), (masked, x)):
-                if m.target is not aten.threshold_backward.default:
+                if m.target is not aten.threshold_backward.default or m.args[2] != 0:
                     continue
-                if m.args[1] is z or _is(m.args[1], aten.relu.default, z):
+                after: Any = m.args[1]
+                if after.target is aten.relu.default and (after is z or after.args == (z,)):
                     folded = node.graph.call_function(aten.mul.Tensor, (m.args[1], m.args[0]))
                     folded.meta = dict(node.meta)
                     return folded
@@ -152,6 +159,15 @@ _IN_PLACE: dict[Any, Any] = {
 }
 _COMMUTES = (aten.add.Tensor, aten.mul.Tensor)
 _OF_ITS_OWN = {*_IN_PLACE, *_IN_PLACE.values(), aten.convolution.default, aten.clamp_min.default, aten.where.self}
+_MAKES_NO_VIEW = _OF_ITS_OWN | {
+    aten.convolution_backward.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.threshold_backward.default,
+    aten.mm.default,
+    aten.isinf.default,
+    aten.lt.Scalar,
+    aten.eq.Scalar,
+}
 
 
 def reuse_memory(joint: Joint) -> None:
@@ -180,5 +196,4 @@ def _is_free(x: fx.Node, node: fx.Node, joint: Joint, order: dict[fx.Node, int])
     like, value = node.meta.get("val"), x.meta.get("val")
     if like is None or value is None or (like.shape, like.dtype) != (value.shape, value.dtype):
         return False
-    views = any(operation_name(user) in SELECT or user.target in _IN_PLACE.values() for user in x.users)
-    return not views and all(order[user] <= order[node] for user in x.users)
+    return all(user.target in _MAKES_NO_VIEW and order[user] <= order[node] for user in x.users)

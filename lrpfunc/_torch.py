@@ -24,7 +24,7 @@ def constant(tensors: Iterable[Any]) -> list[Any]:
     if not torch.compiler.is_compiling():
         return list(tensors)
     lift = torch.ops.aten.lift_fresh_copy
-    return [lift(value) if isinstance(value, Tensor) else value for value in tensors]
+    return [lift(value) if type(value) in (Tensor, torch.nn.Parameter) else value for value in tensors]
 
 
 def is_wrapped(tensor: Tensor) -> bool:

@@ -15,12 +15,12 @@ from lrpfunc._bind import BoundAttribution
 from lrpfunc._call import Call, Globs, capture_call
 from lrpfunc._compiled import call_in_graph, register
 from lrpfunc._equality import Description
-from lrpfunc._errors import InputError
+from lrpfunc._errors import CaptureError, InputError
 from lrpfunc._forward import op_by_op
 from lrpfunc._lower import Bound, lowered
 from lrpfunc._message import Relevance
 from lrpfunc._target import Contrast, OneHot, Target, form, relevances, start
-from lrpfunc._torch import uncompiled
+from lrpfunc._torch import is_wrapped, uncompiled
 from lrpfunc.composites import Composite, Entry, as_composite
 
 Rules = Composite | Iterable[Entry] | None
@@ -68,7 +68,7 @@ class Attribution(Description):
             takes; the exported program needs no lrpfunc.
 
         Raises:
-            InputError: If the first argument is explained itself.
+            InputError: If the first argument is explained itself, or transformed by `grad` or `vmap`.
 
         Example:
             >>> import torch, lrpfunc as lrp
@@ -81,6 +81,11 @@ class Attribution(Description):
                 f"argnums={self.argnums} explains argument 0, which `bind` would hold fixed. Bind the parameters of a "
                 "function f(params, x), whose x is explained"
             )
+        if any(isinstance(leaf, Tensor) and is_wrapped(leaf) for leaf in pytree.tree_leaves(params)):
+            raise InputError(
+                "`bind` was given parameters that an outer vmap, grad or jvp transforms, but it holds copies, which no "
+                "transform reaches. Call the relevance function with them:\n\n    relevance_fn(params, x)"
+            )
         return BoundAttribution(self, params)
 
     def run(
@@ -92,7 +97,9 @@ class Attribution(Description):
     ) -> Any:
         call = captured(self, args, kwargs)
         if self.lowered:
-            forward = lowered(call, form(target), _tensors(target), bound=bound, segments=self.segments)
+            # A function may make relevance to differentiate of what is not; the forward pass cannot then be run again.
+            exact = call.program.is_random and form(target) is Relevance
+            forward = lowered(call, form(target), _tensors(target), bound=bound, segments=self.segments, exact=exact)
         else:
             forward = op_by_op(call)
         output = call.output(forward.outputs)
@@ -110,6 +117,11 @@ class Attribution(Description):
     def value(self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: Bound | None = None) -> Any:
         """The output alone."""
         call = captured(self, args, kwargs)
+        if call.program.is_random:
+            raise CaptureError(
+                "the model function draws random numbers, and in torch.compile a function as target would see another "
+                "draw than the relevance. Call module.eval(), or give a target that is no function, such as an index"
+            )
         return call.output(lowered(call, Relevance, bound=bound).outputs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ class Program:
     aux: list[fx.Node]
     aux_spec: tuple[list[Any], Any]
     modules: list[tuple[str, list[fx.Node | None], Any]]
+
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether another run draws other numbers."""
+        return any(node.op == "call_function" and is_random(node) for node in self.graph.nodes)
 
     @property
     def nodes(self) -> list[fx.Node]:

@@ -1,0 +1,189 @@
+"""Rules and models that a careless lowering gets wrong: each equals the walk operation by operation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import lrpfunc as lrp
+from tests.cases import normal
+from tests.oracles import largest_difference
+
+Body = Callable[[Any, Any], Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Written(lrp.Rule):
+    """A rule that returns what a function computes."""
+
+    body: Body
+    form = "relevance"
+
+    def propagate(self, layer: Any, message: Any) -> tuple[Any, ...]:
+        return (lrp.Relevance(self.body(layer, message)),)
+
+
+def promoted(layer: Any, message: Any) -> Tensor:
+    return message.value * ((layer.input > 0) * 1 + (layer.output > 0) * 1)
+
+
+def promoted_from_bool(layer: Any, message: Any) -> Tensor:
+    return message.value * (1 - (layer.input > 0) * 1.0)
+
+
+def broadcast(layer: Any, message: Any) -> Tensor:
+    return message.value * torch.where(layer.input < 0, torch.ones(5, *layer.input.shape).double(), layer.input).sum(0)
+
+
+def detached(layer: Any, message: Any) -> Tensor:
+    y = message.value * layer.input
+    before = y.detach()
+    return (y + 1) * before
+
+
+def viewed(layer: Any, message: Any) -> Tensor:
+    y = message.value * layer.input
+    flat = y.reshape(-1)
+    return (y + 1) * flat.view(y.shape)
+
+
+def twice(layer: Any, message: Any) -> Tensor:
+    y = message.value * layer.input
+    return (y * y + y) / (y + 2)
+
+
+def itself(layer: Any, message: Any) -> Tensor:
+    return message.value
+
+
+@pytest.mark.parametrize("body", [promoted, promoted_from_bool, broadcast, detached, viewed, twice, itself])
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_rules(body: Body, differentiated: bool) -> None:
+    rules = lrp.Composite([(lrp.operation("gelu"), Written(body))]) + lrp.epsilon_plus()
+    x = normal(2, 3).requires_grad_(differentiated)
+    fns = [lrp.attribute(lambda _, x: F.gelu(x.relu()) * 2, rules, lowered=n, layers="*") for n in (True, False)]
+    found, steps = (fn(None, x, target=1) for fn in fns)
+    assert largest_difference(found, steps) < 1e-12
+
+
+@pytest.mark.parametrize("threshold", [0.5, -0.5, 0.0])
+def test_a_threshold_is_no_relu(threshold: float) -> None:
+    rules = [(lrp.Activation, lrp.Gradient()), *lrp.epsilon().entries]
+    fns = [
+        lrp.attribute(lambda p, x: F.threshold(x @ p["w"], threshold, 0.0) @ p["v"], rules, lowered=n)
+        for n in (True, False)
+    ]
+    params = {"w": normal(4, 4), "v": normal(4, 3, seed=1)}
+    found, steps = (fn(params, normal(3, 4, seed=2), target=0) for fn in fns)
+    assert largest_difference(found, steps) < 1e-12
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading(lrp.Rule):
+    factor: Tensor
+
+    def propagate(self, layer: Any, message: Any) -> tuple[Any, ...]:
+        return (lrp.Relevance(message.relevance(layer.output) * float(self.factor)),)
+
+
+def test_a_number_read_from_a_tensor_is_read_again() -> None:
+    x = normal(2, 3).abs()
+    for factor in (2.0, 3.0):
+        relevance_fn = lrp.attribute(lambda _, x: x.relu(), [(lrp.Activation, Reading(torch.tensor(factor)))])
+        assert torch.allclose(relevance_fn(None, x), factor * x)
+    flag = torch.tensor(True)
+    rules = [(lambda layer: bool(flag) and lrp.Activation(layer), lrp.Pass()), (lrp.Activation, lrp.Gradient())]
+    relevance_fn = lrp.attribute(lambda _, x: F.gelu(x), rules)
+    passed = relevance_fn(None, x)
+    flag.fill_(False)
+    assert not torch.allclose(relevance_fn(None, x), passed)
+
+
+def without_gradients(layer: Any, message: Any) -> Tensor:
+    with torch.no_grad():
+        doubled = layer.input * 2
+    return message.value * doubled
+
+
+def test_a_rule_without_gradients_is_told_to_detach() -> None:
+    rules = [(lrp.Activation, Written(without_gradients))]
+    with pytest.raises(lrp.RuleError, match=r"torch.no_grad\(\).*detach\(\)"):
+        lrp.attribute(lambda _, x: x.relu(), rules)(None, normal(2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers
+
+
+def masked(p: Any, x: Tensor) -> Tensor:
+    """Stochastic depth, its mask drawn without gradients."""
+    with torch.no_grad():
+        mask = torch.bernoulli(torch.full(x.shape, 0.5, dtype=x.dtype))
+    h = ((x @ p["w"]) * mask).relu()
+    return (h @ p["w"]).relu() @ p["v"]
+
+
+PARAMS = {"w": normal(4, 4), "v": normal(4, 3, seed=1)}
+
+
+def test_segments_see_the_same_draw() -> None:
+    fn = lrp.attribute_and_value(masked, lrp.epsilon(0.0), segments=3)
+    for _ in range(3):
+        relevance, value = fn(PARAMS, normal(3, 4, seed=2))
+        assert torch.allclose(relevance.sum(), value.sum())
+
+
+def test_bind_draws_anew() -> None:
+    bound = lrp.attribute_and_value(masked, lrp.epsilon(0.0)).bind(PARAMS)
+    values = [bound(normal(3, 4, seed=2))[1] for _ in range(4)]
+    assert any(not torch.equal(values[0], value) for value in values[1:])
+
+
+def test_a_differentiated_target_sees_the_same_draw() -> None:
+    def dropped(p: Any, x: Tensor) -> Tensor:
+        return F.dropout((x @ p["w"]).relu(), 0.5, True) @ p["v"]
+
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+    fn = lrp.attribute_and_value(dropped, lrp.epsilon(0.0))
+    relevance, value = fn(PARAMS, normal(3, 4, seed=2), target=lambda out: factor * out)
+    assert torch.allclose(relevance.sum(), value.sum())
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="draws random numbers"):
+        torch.compile(fn, fullgraph=True, backend="aot_eager")(PARAMS, normal(3, 4, seed=2), target=lambda out: 2 * out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bind, compile
+
+
+def test_what_bind_returns_is_the_callers() -> None:
+    def model_fn(p: Any, x: Tensor) -> Any:
+        return x @ p["w"], (p["w"], 2 * p["w"], p["w"].T)
+
+    bound = lrp.attribute(model_fn, lrp.epsilon(), has_aux=True).bind(PARAMS)
+    relevance, aux = bound(normal(3, 4), target=0)
+    for tensor in aux:
+        tensor.zero_()
+    assert torch.equal(bound(normal(3, 4), target=0)[0], relevance)
+
+
+def test_bind_refuses_transformed_parameters() -> None:
+    fn = lrp.attribute(lambda p, x: x @ p, lrp.epsilon())
+    stacked, x = normal(2, 4, 3), normal(3, 4)
+    with pytest.raises(lrp.InputError, match=r"holds copies"):
+        torch.vmap(lambda p: fn.bind(p)(x, target=0))(stacked)
+    with pytest.raises(lrp.InputError, match=r"holds copies"):
+        torch.func.grad(lambda p: fn.bind(p)(x, target=0).sum())(stacked[0])
+
+
+def test_compiles_with_a_tensor_in_a_rule() -> None:
+    torch._dynamo.reset()
+    fn = lrp.attribute(lambda p, x: (x @ p["w"]).relu() @ p["v"], lrp.epsilon(torch.tensor(0.1).double()))
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    assert largest_difference(compiled(PARAMS, normal(3, 4), target=1), fn(PARAMS, normal(3, 4), target=1)) < 1e-12
