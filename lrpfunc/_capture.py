@@ -376,7 +376,18 @@ def retrace(
             "not stop there. Write x.detach(), or walk operation by operation:\n\n"
             "    lrpfunc.attribute(model_fn, rules, lowered=False)"
         )
+    if written := [node.name for node in module.graph.nodes if _writes(node)]:
+        raise RuleError(
+            f"a rule changes in place a tensor that it was given ({written[0]}), such as the weights of the model. A "
+            "function that is transformed must leave its arguments alone: for `weight.clamp_(min=0)`, write "
+            "`weight = weight.clamp(min=0)`"
+        )
     return module, not watches[-1].reads
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -117,6 +117,18 @@ def test_a_rule_without_gradients_is_told_to_detach() -> None:
         lrp.attribute(lambda _, x: x.relu(), rules)(None, normal(2, 3))
 
 
+def overwriting(layer: Any, message: Any) -> Tensor:
+    return message.value * layer.input.clamp_(min=0)
+
+
+def test_a_rule_that_overwrites_is_refused() -> None:
+    x = normal(2, 3)
+    before = x.clone()
+    with pytest.raises(lrp.RuleError, match=r"changes in place a tensor that it was given"):
+        lrp.attribute(lambda _, x: F.gelu(x), [(lrp.Activation, Written(overwriting))])(None, x)
+    assert torch.equal(x, before)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Random numbers
 

@@ -37,8 +37,9 @@ from tests import mutants
 @pytest.mark.parametrize("fault", mutants.RULES)
 def test_check_rule_finds_a_broken_rule(fault: str) -> None:
     rule, expected = mutants.RULES[fault]
-    with pytest.raises(AssertionError, match=r"fails \d of 7 properties") as caught:
-        check_rule(rule, examples=8)
+    slow = [] if expected == "exact_derivatives" else ["exact_derivatives"]  # to shrink
+    with pytest.raises(AssertionError, match=r"fails \d of \d properties") as caught:
+        check_rule(rule, examples=8, skip=slow)
     message = str(caught.value)
     assert f"\n{expected}: " in message
     _, _, report = message.partition(f"\n{expected}: ")
@@ -93,7 +94,7 @@ def test_a_model_is_the_same_as_a_module() -> None:
 
 
 def test_every_failure_is_reported() -> None:
-    with pytest.raises(AssertionError, match="fails 2 of 5 properties: conservation, linear_in_relevance") as caught:
+    with pytest.raises(AssertionError, match="fails 2 of 6 properties: conservation, linear_in_relevance") as caught:
         check_rule(WrongTwice(), skip=["compiles", "exact_derivatives"], examples=5)
     assert str(caught.value).count("net = Net(") == 2
 

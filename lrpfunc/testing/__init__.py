@@ -40,6 +40,7 @@ from lrpfunc.testing._assertions import assert_compiles as assert_compiles
 from lrpfunc.testing._assertions import assert_conservation as assert_conservation
 from lrpfunc.testing._assertions import assert_gradient_equivalence as assert_gradient_equivalence
 from lrpfunc.testing._assertions import assert_linear_in_relevance as assert_linear_in_relevance
+from lrpfunc.testing._assertions import assert_lowered_equals_walk as assert_lowered_equals_walk
 from lrpfunc.testing._assertions import assert_pure as assert_pure
 from lrpfunc.testing._assertions import assert_vmap_equals_loop as assert_vmap_equals_loop
 from lrpfunc.testing._blocks import Conv as Conv

@@ -74,7 +74,14 @@ def _assert_value(model_fn: ModelFn, params: Any, x: Any, rules: Any) -> None:
 
 
 def assert_vmap_equals_loop(
-    model_fn: ModelFn, params: Any, x: Any, rules: Any = None, *, target: Any = None, tolerance: float = ROUNDING
+    model_fn: ModelFn,
+    params: Any,
+    x: Any,
+    rules: Any = None,
+    *,
+    target: Any = None,
+    lowered: bool = True,
+    tolerance: float = ROUNDING,
 ) -> None:
     """`vmap` over inputs, parameters and targets gives what a loop gives.
 
@@ -84,6 +91,7 @@ def assert_vmap_equals_loop(
         x: Its input, to which other inputs are made by scaling.
         rules: As for `lrpfunc.attribute`.
         target: Where relevance starts while inputs and parameters vary.
+        lowered: As for `lrpfunc.attribute`.
         tolerance: Relative to the largest number.
 
     Raises:
@@ -94,7 +102,7 @@ def assert_vmap_equals_loop(
         >>> from lrpfunc.testing import Linear, Net, assert_vmap_equals_loop
         >>> assert_vmap_equals_loop(*Net((Linear(2),)).case(), lrp.epsilon(0.1), target=0)
     """
-    fn = lrp.attribute(model_fn, rules)
+    fn = lrp.attribute(model_fn, rules, lowered=lowered)
 
     def check(over: str, function: Callable[[Any], Any], values: Any) -> None:
         count = len(pytree.tree_leaves(values)[0])
@@ -224,6 +232,35 @@ def assert_linear_in_relevance(
     both = pullback(pytree.tree_map(lambda a, b: 2 * a - 3 * b, one, other))
     apart = [pytree.tree_map(lambda r, f=f: f * r, pullback(start)) for f, start in ((2, one), (-3, other))]
     _close(both, pytree.tree_map(torch.add, *apart), tolerance, "relevance of a sum and the sum of relevances", apart)
+
+
+def assert_lowered_equals_walk(
+    model_fn: ModelFn, params: Any, x: Any, rules: Any = None, *, target: Any = None, tolerance: float = ROUNDING
+) -> None:
+    """The flat program that runs gives what the walk operation by operation gives, differentiated or not.
+
+    Args:
+        model_fn: A function `f(params, x)`.
+        params: Its parameters.
+        x: Its input.
+        rules: As for `lrpfunc.attribute`.
+        target: Where relevance starts.
+        tolerance: Relative to the largest number.
+
+    Raises:
+        AssertionError: If they differ.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> from lrpfunc.testing import Linear, Net, assert_lowered_equals_walk
+        >>> assert_lowered_equals_walk(*Net((Linear(2),)).case(), lrp.epsilon(0.1), target=0)
+    """
+    flat, walk = (lrp.attribute_and_value(model_fn, rules, lowered=lowered) for lowered in (True, False))
+    for differentiated in (False, True):
+        given = pytree.tree_map(lambda t, d=differentiated: t.detach().requires_grad_(d), x)
+        found, expected = (fn(params, given, target=target) for fn in (flat, walk))
+        how = "differentiated" if differentiated else "plain"
+        _close(found, expected, tolerance, f"the {how} lowered relevance and the walk's")
 
 
 def assert_compiles(

@@ -18,6 +18,7 @@ from lrpfunc.testing._assertions import (
     assert_conservation,
     assert_gradient_equivalence,
     assert_linear_in_relevance,
+    assert_lowered_equals_walk,
     assert_pure,
     assert_vmap_equals_loop,
 )
@@ -39,6 +40,7 @@ PROPERTIES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "pure": (assert_pure, {}),
     "linear_in_relevance": (assert_linear_in_relevance, {}),
     "gradient_equivalence": (assert_gradient_equivalence, {}),
+    "lowered_equals_walk": (assert_lowered_equals_walk, {}),
     "compiles": (assert_compiles, {}),
 }
 """What is asserted of every rule, and how."""
@@ -71,20 +73,21 @@ class Case:
     rules: Any
     target: Any = 0
 
-    def check(self, name: str) -> None:
-        """Asserts one of `PROPERTIES`."""
-        assertion, options = PROPERTIES[name]
+    def check(self, name: str, **options: Any) -> None:
+        """Asserts one of `PROPERTIES`, with options of its assertion."""
+        assertion, usual = PROPERTIES[name]
+        options = usual | options
         rules = with_tensors(as_composite(self.rules)) if name == "exact_derivatives" else self.rules
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about the speed of `vmap`
             assertion(*self.net.case(), rules, **self._target(name), **options)
 
-    def failures(self, names: Collection[str]) -> dict[str, Exception]:
+    def failures(self, names: Collection[str], **options: Any) -> dict[str, Exception]:
         """Those of some properties that do not hold, and what they raise."""
         failed: dict[str, Exception] = {}
         for name in names:
             try:
-                self.check(name)
+                self.check(name, **options)
             except Exception as error:  # whatever a rule raises is a failure of the rule
                 failed[name] = error
         return failed
@@ -124,7 +127,7 @@ def check_rule(
 
     The properties are those of `PROPERTIES`, each named for its assertion: `exact_derivatives` (of the numbers in the
     rule too, where they may be tensors), `conservation`, `vmap_equals_loop`, `pure`, `linear_in_relevance`,
-    `gradient_equivalence` and, for one model, `compiles`. Each one that fails is searched again, for the smallest
+    `gradient_equivalence`, `lowered_equals_walk` and, for one model, `compiles`. Each one that fails is searched again, for the smallest
     model that shows it. What is drawn is always the same.
 
     Args:

@@ -60,6 +60,7 @@ def assert_exact_derivatives(
     rules: Any = None,
     *,
     target: Any = None,
+    lowered: bool = True,
     seed: int = 0,
 ) -> bool:
     r"""Derivatives of relevance, in reverse and forward mode, are those of finite differences.
@@ -76,6 +77,7 @@ def assert_exact_derivatives(
         x: Its input.
         rules: As for `lrpfunc.attribute`. Tensors inside, float64 too, are differentiated.
         target: As for `lrpfunc.attribute`.
+        lowered: Likewise.
         seed: Of the direction.
 
     Returns:
@@ -93,7 +95,7 @@ def assert_exact_derivatives(
     held, rebuild = hyperparameters(rules)
 
     def scalar(at: dict[str, Any]) -> Tensor:
-        fn = lrp.attribute(model_fn, rebuild(at["rules"]))
+        fn = lrp.attribute(model_fn, rebuild(at["rules"]), lowered=lowered)
         return _scalar(fn(at["parameters"], at["input"], target=target))
 
     at = pytree.tree_map_only(Tensor, torch.Tensor.detach, {"input": x, "parameters": params, "rules": held})
