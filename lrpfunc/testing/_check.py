@@ -127,8 +127,8 @@ def check_rule(
 
     The properties are those of `PROPERTIES`, each named for its assertion: `exact_derivatives` (of the numbers in the
     rule too, where they may be tensors), `conservation`, `vmap_equals_loop`, `pure`, `linear_in_relevance`,
-    `gradient_equivalence`, `lowered_equals_walk` and, for one model, `compiles`. Each one that fails is searched again, for the smallest
-    model that shows it. What is drawn is always the same.
+    `gradient_equivalence`, `lowered_equals_walk` and, for one model, `compiles`. Each one that fails is searched again,
+    for the smallest model that shows it. What is drawn is always the same.
 
     Args:
         rule: The rule.
