@@ -338,7 +338,7 @@ def _close(ours: Any, theirs: Any, tolerance: float, what: str, scales: Any = ()
     magnitudes = [
         leaf.abs().max() for leaf in (*pytree.tree_leaves(theirs), *pytree.tree_leaves(scales)) if leaf.numel()
     ]
-    scale = max([float(m) for m in magnitudes], default=0.0)
+    scale = max([float(m.detach()) for m in magnitudes], default=0.0)
     worst = torch.tensor([_difference(a.detach(), b.detach()) for a, b in pairs]).max() if pairs else torch.tensor(0)
     if not worst <= tolerance * max(scale, CANCELLED):  # NaN is no agreement
         raise AssertionError(f"{what} differ by {float(worst):.3g}, and the largest number is {scale:.3g}")
