@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import inspect
 import sys
 import threading
 import types
@@ -20,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import CheckpointFunction
 
 from lrpfunc._environment import Environment, describe_tensor, forget_cached, is_cached
 from lrpfunc._errors import CaptureError, RuleError
@@ -85,7 +87,8 @@ def isolated(fn: Callable[[], T]) -> T:
                 # A function that contains a torch.compile'd one would wait for a lock its caller holds.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 stack.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))
-                stack.enter_context(device)
+                if device != torch.device("cpu"):
+                    stack.enter_context(device)
                 for kind, dtype in autocast:
                     stack.enter_context(torch.autocast(kind, dtype=dtype))
                 result.append(fn())
@@ -117,6 +120,11 @@ _PACKED = (
     "A bidirectional network reads the padding first: explain sequences of one length at a time, without packing"
 )
 
+_REENTRANT = (
+    "the model function uses torch.utils.checkpoint in its reentrant form, which runs without gradients, so that no "
+    "relevance could pass: write checkpoint(..., use_reentrant=False)"
+)
+
 
 class _Watch(TorchFunctionMode):
     """Sees what a trace cannot show, and keeps it away from real tensors.
@@ -139,7 +147,10 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.transforms |= inside_transform()
-        self.no_grad |= func is torch._C._set_grad_enabled and args[0] is False
+        if func is torch._C._set_grad_enabled and args[0] is False:
+            self.no_grad = True
+            if _is_called_by(CheckpointFunction.forward):
+                raise CaptureError(_REENTRANT)
         name = getattr(func, "__name__", "")
         if name == "_pack_padded_sequence":
             raise CaptureError(_PACKED)
@@ -169,47 +180,52 @@ def _fake(tensor_keys: Sequence[Any], mode: FakeTensorMode) -> list[Tensor]:
         ]
 
 
-def _applied(frame: types.FrameType, event: str, arg: Any) -> Any:
-    """The class whose `apply` is being called, a C method in recent releases of torch and a Python one before."""
-    if event == "c_call" and arg.__name__ == "apply":
-        return getattr(arg, "__self__", None)
-    code = frame.f_code
-    if event == "call" and code.co_qualname == "Function.apply":
-        return frame.f_locals.get("cls")
-    if event == "call" and code.co_name in ("forward", "setup_context") and code.co_argcount:
-        # `apply` called from C, by `map` for example, shows only in what it calls.
-        context = frame.f_locals.get(code.co_varnames[0])
-        return getattr(context, "_forward_cls", None)
-    return None
+def _is_called_by(function: Any) -> bool:
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _custom_functions() -> dict[types.CodeType, str]:
+    """The code of every custom `autograd.Function` that there is, and the names of the classes."""
+    found: dict[types.CodeType, str] = {}
+    pending: list[Any] = [torch.autograd.Function]
+    while pending:
+        cls = pending.pop()
+        pending += cls.__subclasses__()
+        if cls.__module__.startswith("torch."):  # these have nothing to lose
+            continue
+        for name in ("forward", "setup_context"):
+            method = inspect.unwrap(getattr(cls, name))
+            if method is not getattr(torch.autograd.Function, name) and hasattr(method, "__code__"):
+                found[method.__code__] = cls.__qualname__
+    return found
 
 
 @contextlib.contextmanager
-def _refusing_custom_functions() -> Iterator[None]:
+def _refusing(custom: dict[types.CodeType, str]) -> Iterator[None]:
     """Refuses a custom `autograd.Function`: a trace would inline its forward and lose its backward.
 
-    No mode of torch's sees such a call before dispatch, but this thread's profiler does.
+    No mode of torch's sees such a call before dispatch, but this thread's tracer does. It slows a trace down by half,
+    so that it is there only where such a class is.
     """
 
-    def profile(frame: types.FrameType, event: str, arg: Any) -> None:
-        cls = _applied(frame, event, arg)
-        if not (isinstance(cls, type) and issubclass(cls, torch.autograd.Function)):
-            return
-        # torch's own have nothing to lose, but the reentrant checkpoint, which runs without gradients.
-        if not cls.__module__.startswith("torch.") or cls.__qualname__ == "CheckpointFunction":
-            found.append(cls.__qualname__)
+    def see(frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code in custom:
+            found.append(custom[frame.f_code])
 
     found: list[str] = []
-    previous = sys.getprofile()
-    sys.setprofile(profile)
+    if not custom:
+        yield
+        return
+    # A debugger or a coverage tool may have the cheaper of the two.
+    install, previous = (sys.settrace, None) if sys.gettrace() is None else (sys.setprofile, sys.getprofile())
+    install(see)
     try:
         yield
     finally:
-        sys.setprofile(previous)
-    if "CheckpointFunction" in found:
-        raise CaptureError(
-            "the model function uses torch.utils.checkpoint in its reentrant form, which runs without gradients, so "
-            "that no relevance could pass: write checkpoint(..., use_reentrant=False)"
-        )
+        install(previous)
     if found:
         raise CaptureError(
             f"the model function uses the custom autograd.Function {found[0]}, whose backward a trace cannot keep: "
@@ -248,7 +264,8 @@ def _trace(
             flat.extend(v for v in values if isinstance(v, Tensor))
         return flat
 
-    def trace(before_dispatch: bool) -> tuple[fx.GraphModule, Recorder, _Watch]:
+    def trace(before_dispatch: bool, again: bool = False) -> tuple[fx.GraphModule, Recorder, _Watch]:
+        custom = {} if inline else _custom_functions()
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         scalar = ((), (), torch.float32, torch.device("cpu"))
         inputs = _fake([scalar, *map(describe_tensor, closed), *keys], mode)
@@ -260,13 +277,15 @@ def _trace(
             recorder = Recorder(tick)
             watches.append(watch)
             recorders.append(recorder)
-            with recording(recorder), watch, contextlib.nullcontext() if inline else _refusing_custom_functions():
+            with recording(recorder), watch, _refusing(custom):
                 outputs = [watch._replaced(output) for output in call(list(tensors[len(closed) :]))]
             return [*outputs, *recorder.markers]
 
         # `decomposition_table={}`: without it torch 2.15 turns `detach` into `alias`, which stops nothing.
         options: dict[str, Any] = {"pre_dispatch": True} if before_dispatch else {"decomposition_table": {}}
         module = make_fx(marked, tracing_mode="fake", _allow_non_fake_inputs=True, **options)(*inputs)
+        if not (inline or again or _custom_functions().keys() <= custom.keys()):
+            return trace(before_dispatch, again=True)  # the model function defines such a class when it is called
         return module, recorders[-1], watches[-1]
 
     module, recorder, watch = trace(before_dispatch=True)

@@ -18,7 +18,9 @@ _local = threading.local()
 
 
 class Recorder:
-    """Leaves markers in a trace: an `alias` of one scalar at every module's entry and exit, and of its outputs.
+    """Leaves markers in a trace: an `alias` of one scalar at every module's entry, and of its outputs at its exit.
+
+    Where a module has no floating-point output, its exit too is marked by the scalar.
 
     The markers are returned from the traced function, so that the graph's outputs tell where they stand. An alias
     taken at exit still names the value at that moment when the tensor is changed in place afterwards.
@@ -63,7 +65,8 @@ class Recorder:
             torch.ops.aten.alias(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
             for leaf in leaves
         ]
-        self.events.append(("exit", path, [torch.ops.aten.alias(self.tick), *markers], spec))
+        tick = torch.ops.aten.alias(self.tick) if all(marker is None for marker in markers) else None
+        self.events.append(("exit", path, [tick, *markers], spec))
 
 
 def current_recorder() -> Recorder | None:

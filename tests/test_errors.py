@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any
 
 import pytest
@@ -250,10 +251,58 @@ def test_custom_autograd_functions() -> None:
         lrp.attribute(lambda w, x: Doubled.apply(x @ w))(W, X)
     with pytest.raises(lrp.CaptureError, match="Doubled"):
         lrp.attribute(lambda w, x: x @ Doubled.apply(w))(W, X)
+    with pytest.raises(lrp.CaptureError, match="Doubled"):
+        lrp.attribute(lambda w, x: sum(map(Doubled.apply, [x @ w])))(W, X)
     relevance = lrp.attribute(lambda w, x: Doubled.apply(x @ w), lrp.epsilon(0.0), inline_functions=True)(W, X)
     assert torch.allclose(relevance.sum(), 2 * (X @ W).sum())
+
+
+def test_custom_autograd_functions_that_do_nothing_forward() -> None:
+    class Reversed(torch.autograd.Function):
+        @staticmethod
+        @torch.amp.custom_fwd(device_type="cpu")
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return -grads[0]
+
+    with pytest.raises(lrp.CaptureError, match="Reversed"):
+        lrp.attribute(lambda w, x: Reversed.apply(x @ w))(W, X)
+
+
+def test_custom_autograd_functions_made_while_the_model_runs() -> None:
+    def model_fn(w: Tensor, x: Tensor) -> Any:
+        class Late(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return 2 * x
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor) -> Tensor:
+                return grads[0]
+
+        return Late.apply(x @ w)
+
+    with pytest.raises(lrp.CaptureError, match="Late"):
+        lrp.attribute(model_fn)(W, X)
+
+
+def test_custom_autograd_functions_beside_a_debugger() -> None:
+    threading.settrace(lambda *_: None)
+    try:
+        with pytest.raises(lrp.CaptureError, match="Doubled"):
+            lrp.attribute(lambda w, x: Doubled.apply(x @ w))(W, X)
+    finally:
+        threading.settrace(None)  # type: ignore[arg-type]
+
+
+def test_checkpoints() -> None:
     checkpointed = lambda w, x: checkpoint(linear, w, x, use_reentrant=False)  # noqa: E731
     assert lrp.attribute(checkpointed, lrp.epsilon())(W, X).shape == X.shape
+    with pytest.raises(lrp.CaptureError, match=r"reentrant form.*checkpoint\(..., use_reentrant=False\)"):
+        lrp.attribute(lambda w, x: checkpoint(linear, w, x.clone().requires_grad_(), use_reentrant=True))(W, X)
 
 
 def test_a_closure_over_a_transformed_tensor() -> None:

@@ -245,12 +245,12 @@ class _Functionalizer:
         return list(output.args[0])
 
     def _mark(self, node: fx.Node, event: int, place: int) -> None:
-        kind, path, _, _ = self.trace.recorder.events[event]
+        kind, path, tensors, _ = self.trace.recorder.events[event]
         if place > 0:
             self.current[node] = self.read(node.args[0])  # type: ignore[arg-type]
-        elif kind == "enter":
+        if kind == "enter":
             self.scopes.append(path)
-        else:
+        elif all(tensor is None for tensor in tensors[:place]):
             self.scopes.pop()
 
     def _input(self, node: fx.Node) -> None:
