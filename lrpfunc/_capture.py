@@ -220,7 +220,8 @@ def _refusing(custom: dict[types.CodeType, str]) -> Iterator[None]:
         yield
         return
     # A debugger or a coverage tool may have the cheaper of the two.
-    install, previous = (sys.settrace, None) if sys.gettrace() is None else (sys.setprofile, sys.getprofile())
+    install: Any = sys.settrace if sys.gettrace() is None else sys.setprofile
+    previous = None if install is sys.settrace else sys.getprofile()
     install(see)
     try:
         yield

@@ -270,7 +270,9 @@ _COTANGENT = [lrp.gradient(), lrp.deconvnet(), lrp.guided_backprop(), lrp.beta_s
 
 
 def _composed(recipe: lrp.Composite, rest: lrp.Composite, entries: Sequence[Any]) -> lrp.Composite:
-    return lrp.Composite([(_SERVED[family], rule) for family, rule in entries]) + recipe + rest
+    # An entry for softmax does not reach into fused attention, and is refused there.
+    fused = [(lrp.Attention, lrp.Uniform())] if any(family == "softmax" for family, _ in entries) else []
+    return lrp.Composite([*fused, *((_SERVED[family], rule) for family, rule in entries)]) + recipe + rest
 
 
 def composites(*, cotangent: bool = True) -> st.SearchStrategy[lrp.Composite]:
