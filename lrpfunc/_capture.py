@@ -313,20 +313,21 @@ _VALUE_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException
 
 
 def _capture(
-    model_fn: Callable[..., Any], leaves: list[Any], spec: Any, has_aux: bool, inline: bool, env: Environment
+    model_fn: Callable[..., Any], leaves: list[Any], spec: Any, has_aux: bool, inline: bool, closed: list[Tensor]
 ) -> Trace:
+    environment = Environment(model_fn, remember=True)
     keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
     try:
         module, recorder, found, watch, after = isolated(
-            lambda: _trace(model_fn, static, spec, has_aux, inline, keys, env.tensors)
+            lambda: _trace(model_fn, static, spec, has_aux, inline, keys, closed)
         )
     except Exception as error:
         if type(error).__name__ in _VALUE_DEPENDENT:
             raise _explain_failure(error) from error
         raise
     finally:
-        env.forget(_is_fake)
+        environment.forget(_is_fake)
         forget_cached(_is_fake)
     constants = [node for node in module.graph.nodes if node.op == "get_attr"]
     # A constant that the function made is copied at once; any other one may be a tensor that was missed.
@@ -342,24 +343,25 @@ def _capture(
             "or `set_`. Write torch.func.grad, or detach()"
         )
     stable = made and not watch.reads
-    return Trace(module, found["outputs"], found["aux"], recorder, len(env.tensors), values, stable, after)
+    return Trace(module, found["outputs"], found["aux"], recorder, len(closed), values, stable, after)
 
 
 def retrace(
     walk: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
     tensors: Sequence[Tensor],
     start: Sequence[Tensor],
-    environment: Environment,
+    rules: Any,
 ) -> tuple[fx.GraphModule, bool]:
     """A function of tensors as plain operations, which have all the derivatives that it has.
 
-    It may use torch.func and read the tensors of the environment, which are the last inputs of the result. Operations
-    are recorded after dispatch: a trace before it does not see the levels of transforms.
+    It may use torch.func and read the tensors in `rules`, which are the last inputs of the result. Operations are
+    recorded after dispatch: a trace before it does not see the levels of transforms.
 
     Returns:
         The operations, and whether they may be used again: not if a number inside a tensor became part of them.
     """
     watches: list[_Watch] = []
+    environment = Environment(rules, transformed=True, remember=True)
 
     def trace() -> fx.GraphModule:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
@@ -461,7 +463,7 @@ def capture(
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     env = Environment(model_fn)
-    statics = Environment([leaf for leaf in leaves if not isinstance(leaf, Tensor)])
+    statics = Environment(*(leaf for leaf in leaves if not isinstance(leaf, Tensor)))
     described = tuple(describe_tensor(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
     key = (env.key, statics.key, described, spec, has_aux, inline, *_surroundings())
     built = cache.get(key)
@@ -470,7 +472,7 @@ def capture(
         with _lock:
             built = cache.get(key)  # another thread may have been first
             if built is None:
-                trace = _capture(model_fn, leaves, spec, has_aux, inline, env)
+                trace = _capture(model_fn, leaves, spec, has_aux, inline, env.tensors)
                 built = isolated(lambda: build(trace))
                 if trace.stable:
                     cache.put(key, built)

@@ -21,32 +21,21 @@ import site
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Hashable, Iterator
+import weakref
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lrpfunc._errors import CaptureError, InputError
 from lrpfunc._torch import is_wrapped
 
-_ATOMS = (
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    bool,
-    type(None),
-    enum.Enum,
-    torch.dtype,
-    torch.device,
-    torch.memory_format,
-    range,
-)
+_PLAIN = frozenset({int, str, bytes, bool, type(None), torch.dtype, torch.device, torch.memory_format, range})
+_ATOMS = (*_PLAIN, float, complex, enum.Enum)
+_CONTAINERS = frozenset({dict, collections.OrderedDict, list, tuple, set, frozenset})
 _LONG = 10_000  # containers longer than this are compared by identity and length
-_serials: Any = WeakIdKeyDictionary()
+_serials: dict[int, tuple[weakref.ref[Any], int]] = {}
 _counter = itertools.count()
 # Installed code is taken to be constant; only the globals of the user's own code are followed.
 _INSTALLED = tuple(
@@ -62,16 +51,38 @@ _INSTALLED = tuple(
 
 def _serial(obj: Any) -> Hashable:
     """A number no other object ever gets, unlike `id`, which is reused."""
+    place = id(obj)
+    known = _serials.get(place)
+    if known is not None and known[0]() is obj:
+        return known[1]
     try:
-        if obj not in _serials:
-            _serials[obj] = next(_counter)
-        return _serials[obj]
+        reference = weakref.ref(obj, lambda dead: _serials.pop(place, None) if _is_of(dead, place) else None)
     except TypeError:  # not weakly referenceable
-        return (id(obj), type(obj).__qualname__)
+        return (place, type(obj).__qualname__)
+    number = next(_counter)
+    _serials[place] = (reference, number)
+    return number
 
 
+def _is_of(dead: weakref.ref[Any], place: int) -> bool:
+    known = _serials.get(place)
+    return known is not None and known[0] is dead
+
+
+@functools.lru_cache(4096)
 def _installed(filename: str) -> bool:
     return filename.startswith((*_INSTALLED, "<frozen")) or "site-packages" in filename or "dist-packages" in filename
+
+
+@functools.lru_cache(4096)
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = [slot for base in cls.__mro__ for slot in vars(base).get("__slots__", ())]
+    return tuple(slot for slot in slots if isinstance(slot, str) and slot not in ("__dict__", "__weakref__"))
+
+
+@functools.lru_cache(4096)
+def _is_frozen(cls: type) -> bool:
+    return dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # pyright: ignore
 
 
 @functools.lru_cache(4096)
@@ -90,25 +101,40 @@ def _names(code: types.CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
     return tuple(names), frozenset(attributes)
 
 
+class _Root(str):
+    """The name of a variable, where the path to an object starts anew."""
+
+
 class Environment:
     """The values and tensors that `roots` can read.
 
     Args:
         roots: What to walk.
         transformed: Whether there may be tensors that a transform has wrapped.
+        remember: Whether `forget` will be called.
 
     Attributes:
         key: Equal for two walks if and only if nothing but the numbers inside tensors changed between them.
         tensors: The tensors met, each once, in an order that is the same for equal keys.
     """
 
-    def __init__(self, *roots: Any, transformed: bool = False):
+    # NOTE: [one flat key] This walk is part of every call, and what it costs is mostly the containers that it makes
+    # and the garbage collector then looks through. So the key is one tuple. It can be read back without ambiguity:
+    # what stands for an object starts with its type or a tag, and then has a fixed length, a number of items, or `...`
+    # at its end.
+
+    def __init__(self, *roots: Any, transformed: bool = False, remember: bool = False):
         self._transformed = transformed
         self.tensors: list[Tensor] = []
+        self._parts: list[Hashable] = []
+        self._path: list[Any] = []
         self._seen: dict[int, int] = {}
         self._keep: list[Any] = []  # what must outlive the walk, so that no id is reused during it
+        self._remember = remember
         self._memories: list[tuple[Callable[[], Any], Callable[[], None]]] = []
-        self.key: Hashable = tuple(self._visit(root, "model_fn") for root in roots)
+        for root in roots:
+            self._visit(root, _Root("model_fn"))
+        self.key: Hashable = tuple(self._parts)
 
     def forget(self, is_foreign: Callable[[Any], bool]) -> None:
         """Undoes what a trace left in memory: containers, variables and caches that hold its own tensors.
@@ -120,60 +146,91 @@ class Environment:
             if _holds(read(), is_foreign):
                 restore()
 
-    def _visit(self, obj: Any, name: str) -> Hashable:
-        if isinstance(obj, _ATOMS):
-            return (type(obj), repr(obj) if isinstance(obj, (float, complex)) else obj)
-        if id(obj) in self._seen:
-            return ("seen", self._seen[id(obj)])
-        self._seen[id(obj)] = len(self._seen)
-        self._keep.append(obj)
-        return self._describe(obj, name)
+    def _visit(self, obj: Any, step: Any) -> None:
+        """Adds what stands for `obj`; `step` is the attribute, key or index it was reached by, or nothing to tell."""
+        kind = type(obj)
+        if kind in _PLAIN:
+            self._parts += (kind, obj)
+        elif kind in _CONTAINERS and not obj:
+            self._parts += (kind, 0)
+            if self._remember:
+                self._remember_container(obj)
+        elif isinstance(obj, _ATOMS):
+            self._parts += (kind, repr(obj) if isinstance(obj, (float, complex)) else obj)
+        elif kind is tuple and all(type(item) is int for item in obj):
+            self._parts += (tuple, obj)
+        elif (place := self._seen.setdefault(id(obj), len(self._seen))) < len(self._keep):
+            self._parts += ("seen", place)
+        else:
+            self._keep.append(obj)
+            self._path.append(step)
+            getattr(self, _describer(kind))(obj)
+            self._path.pop()
 
-    def _describe(self, obj: Any, name: str) -> Hashable:
-        match obj:
-            case Tensor():
-                return self._tensor(obj, name)
-            case types.FunctionType():
-                return self._function(obj)
-            case types.MethodType():
-                return ("method", self._visit(obj.__func__, name), self._visit(obj.__self__, f"{name}.__self__"))
-            case functools.partial():
-                return ("partial", *(self._visit(part, name) for part in (obj.func, obj.args, obj.keywords)))
-            case functools._lru_cache_wrapper():
-                self._memories.append((lambda: [_CACHED] if obj.cache_info().currsize else [], obj.cache_clear))
-                return ("cached", self._visit(obj.__wrapped__, name))
-            case contextvars.ContextVar():
-                return ("context", _serial(obj), self._visit(obj.get(None), name))
-            case type():
-                return ("class", _serial(obj), *self._members(obj))
-            case types.ModuleType():
-                return ("module", obj.__name__)
-            case list() | tuple() | set() | frozenset() | dict() | collections.deque():
-                return self._container(obj, name)
-            case bytearray() | memoryview():
-                return (type(obj), bytes(obj))
-        if type(obj).__module__ in ("numpy", "array") and hasattr(obj, "tobytes"):
-            digest = hashlib.blake2b(obj.tobytes()).digest()
-            return ("array", getattr(obj, "shape", len(obj)), str(getattr(obj, "dtype", "")), digest)
-        return self._instance(obj, name)
+    def _method(self, method: types.MethodType) -> None:
+        self._parts.append("method")
+        self._visit(method.__func__, None)
+        self._visit(method.__self__, "__self__")
 
-    def _container(self, obj: Any, name: str) -> Hashable:
+    def _partial(self, partial: functools.partial[Any]) -> None:
+        self._parts.append("partial")
+        for part in (partial.func, partial.args, partial.keywords):
+            self._visit(part, None)
+
+    def _cached(self, function: Any) -> None:
+        if self._remember:
+            self._memories.append((lambda: [_CACHED] if function.cache_info().currsize else [], function.cache_clear))
+        self._parts.append("cached")
+        self._visit(function.__wrapped__, None)
+
+    def _context(self, variable: contextvars.ContextVar[Any]) -> None:
+        self._parts += ("context", _serial(variable))
+        self._visit(variable.get(None), None)
+
+    def _bytes(self, obj: Any) -> None:
+        self._parts += (type(obj), bytes(obj))
+
+    def _array(self, obj: Any) -> None:
+        digest = hashlib.blake2b(obj.tobytes()).digest()
+        self._parts += ("array", getattr(obj, "shape", len(obj)), str(getattr(obj, "dtype", "")), digest)
+
+    def _container(self, obj: Any) -> None:
+        if self._remember:
+            self._remember_container(obj)
+        if isinstance(obj, dict):
+            items = list(obj.items())
+            self._parts += (type(obj), len(items))
+            for key, value in items:
+                self._visit(key, None)
+                self._visit(value, key)
+        elif isinstance(obj, (set, frozenset)):
+            self._parts += (type(obj), frozenset(map(self._apart, obj)))
+        elif len(obj) > _LONG and all(type(item) in (int, float) for item in obj):
+            self._parts += (type(obj), hashlib.blake2b(repr(obj).encode()).digest())
+        else:
+            contents = list(obj)
+            self._parts += (type(obj), len(contents))
+            for index, item in enumerate(contents):
+                self._visit(item, index)
+
+    def _remember_container(self, obj: Any) -> None:
         if isinstance(obj, dict):
             before = dict(obj)
             self._memories.append((lambda: obj, lambda: (obj.clear(), obj.update(before))[0]))
-            items = list(obj.items())
-            return (type(obj), *((self._visit(k, name), self._visit(v, f"{name}.{k}")) for k, v in items))
-        if isinstance(obj, (set, frozenset)):
-            return (type(obj), frozenset(self._visit(item, name) for item in obj))
-        if isinstance(obj, (list, collections.deque)):
+        elif isinstance(obj, (list, collections.deque)):
             contents = list(obj)
             self._memories.append((lambda: obj, lambda: (obj.clear(), obj.extend(contents))[0]))
-        if len(obj) > _LONG and all(type(item) in (int, float) for item in obj):
-            return (type(obj), hashlib.blake2b(repr(obj).encode()).digest())
-        return (type(obj), *(self._visit(item, f"{name}[{i}]") for i, item in enumerate(list(obj))))
 
-    def _tensor(self, tensor: Tensor, name: str) -> Hashable:
+    def _apart(self, obj: Any) -> Hashable:
+        """What stands for `obj`, by itself."""
+        parts, self._parts = self._parts, []
+        self._visit(obj, None)
+        apart, self._parts = tuple(self._parts), parts
+        return apart
+
+    def _tensor(self, tensor: Tensor) -> None:
         if is_wrapped(tensor) and not self._transformed:
+            name = self._name()
             raise CaptureError(
                 f"the model function closes over `{name}`, a tensor of shape {tuple(tensor.shape)} that an outer "
                 "vmap, grad or jvp transforms. A closure cannot be traced apart from that transform. Pass the tensor "
@@ -181,75 +238,124 @@ class Environment:
                 f"{name.rpartition('.')[2]!r}: {name.rpartition('.')[2]}}}, x)"
             )
         if tensor.layout is not torch.strided:  # a trace keeps it as it is
-            return ("sparse", _serial(tensor))
-        self.tensors.append(tensor)
-        return ("tensor", *describe_tensor(tensor))
+            self._parts += ("sparse", _serial(tensor))
+        else:
+            self.tensors.append(tensor)
+            self._parts += ("tensor", *describe_tensor(tensor))
 
-    def _function(self, fn: types.FunctionType) -> Hashable:
-        cells = []
+    def _name(self) -> str:
+        name = ""
+        for step in self._path:
+            if isinstance(step, _Root):
+                name = step
+            elif step is not None:
+                name += f"[{step}]" if isinstance(step, int) else f".{step}"
+        return name
+
+    def _function(self, fn: types.FunctionType) -> None:
+        self._parts += ("function", fn.__code__)
         for variable, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
             try:
                 contents = cell.cell_contents
             except ValueError:  # not assigned yet
-                cells.append(None)
+                self._parts.append("unassigned")
                 continue
-            self._memories.append((lambda c=cell: [c.cell_contents], functools.partial(_set_cell, cell, contents)))
-            cells.append(self._visit(contents, variable))
-        read = () if _installed(fn.__code__.co_filename) else self._globals(fn)
-        defaults = self._visit(fn.__defaults__, fn.__name__), self._visit(fn.__kwdefaults__, fn.__name__)
-        return ("function", fn.__code__, *cells, *read, *defaults, self._visit(vars(fn), fn.__name__))
+            if self._remember:
+                restore = functools.partial(_set_cell, cell, contents)
+                self._memories.append((lambda c=cell: [c.cell_contents], restore))
+            self._visit(contents, _Root(variable))
+        if not _installed(fn.__code__.co_filename):
+            self._globals(fn)
+        for part in (fn.__defaults__, fn.__kwdefaults__, vars(fn)):
+            self._visit(part, _Root(fn.__name__))
 
-    def _globals(self, fn: types.FunctionType) -> Iterator[Hashable]:
+    def _globals(self, fn: types.FunctionType) -> None:
         names, attributes = _names(fn.__code__)
+        space = fn.__globals__
         for name in names:
-            if name not in fn.__globals__:
+            if name not in space:
                 continue
-            space, value = fn.__globals__, fn.__globals__[name]
-            restore = functools.partial(space.__setitem__, name, value)
-            self._memories.append((lambda s=space, n=name: [s.get(n)], restore))
-            yield name, self._visit(value, name)
+            value = space[name]
+            if self._remember:
+                restore = functools.partial(space.__setitem__, name, value)
+                self._memories.append((lambda n=name: [space.get(n)], restore))
+            self._parts.append(name)
+            self._visit(value, _Root(name))
             if isinstance(value, types.ModuleType):
-                yield from self._module(value, attributes, name)
+                self._module_attributes(value, attributes, name)
         if attributes & {"environ", "getenv"}:
-            yield tuple(sorted(os.environ.items()))
+            self._parts.append(tuple(sorted(os.environ.items())))
+        self._parts.append(...)
 
-    def _module(self, module: types.ModuleType, attributes: frozenset[str], name: str) -> Iterator[Hashable]:
+    def _module(self, module: types.ModuleType) -> None:
+        self._parts += ("module", module.__name__)
+
+    def _module_attributes(self, module: types.ModuleType, attributes: frozenset[str], name: str) -> None:
         """What code reads of a module of the user's own, and of the modules inside it."""
         if _installed(getattr(module, "__file__", None) or "<frozen"):
             return
         for attribute in sorted(attributes & vars(module).keys()):
             value = vars(module)[attribute]
-            yield attribute, self._visit(value, f"{name}.{attribute}")
+            self._parts.append(attribute)
+            self._visit(value, _Root(f"{name}.{attribute}"))
             if isinstance(value, types.ModuleType):
-                yield from self._module(value, attributes, f"{name}.{attribute}")
+                self._module_attributes(value, attributes, f"{name}.{attribute}")
+        self._parts.append(...)
 
-    def _members(self, cls: type) -> Iterator[Hashable]:
+    def _class(self, cls: type) -> None:
         """What instances inherit: everything of the user's classes, and what the user put into installed ones."""
+        self._parts += ("class", _serial(cls))
         for base in cls.__mro__:
             home = getattr(sys.modules.get(base.__module__), "__file__", None)
             own = base.__module__ == "__main__" or (home is not None and not _installed(home))
             for name, member in list(vars(base).items()):
                 if own and not (name.startswith(("__", "_abc_")) and not callable(member)):
-                    yield name, self._visit(_plain(member), f"{base.__name__}.{name}")
+                    self._parts.append(name)
+                    self._visit(_plain(member), _Root(f"{base.__name__}.{name}"))
                 elif type(member) is types.FunctionType and not _installed(member.__code__.co_filename):
-                    yield name, self._visit(member, name)
+                    self._parts.append(name)
+                    self._visit(member, _Root(name))
+        self._parts.append(...)
 
-    def _instance(self, obj: Any, name: str) -> Hashable:
-        attributes = dict(getattr(obj, "__dict__", {}))
+    def _instance(self, obj: Any) -> None:
+        kind = type(obj)
         own = getattr(obj, "__dict__", None)
-        if isinstance(own, dict):
-            self._memories.append((lambda: own, lambda: (own.clear(), own.update(attributes))[0]))
-        for slot in (s for base in type(obj).__mro__ for s in vars(base).get("__slots__", ())):
-            if isinstance(slot, str) and hasattr(obj, slot):
-                attributes[slot] = getattr(obj, slot)
-        parts = [self._visit(type(obj), name)]
-        # A module's own dictionaries of children and parameters are not part of the path its tensors are named by.
-        hidden = ("_parameters", "_buffers", "_modules")
-        for key, value in list(attributes.items()):
-            parts.append((key, self._visit(value, name if key in hidden else f"{name}.{key}")))
+        attributes = list(own.items()) if isinstance(own, dict) else []
+        if self._remember and isinstance(own, dict):
+            before = dict(own)
+            self._memories.append((lambda: own, lambda: (own.clear(), own.update(before))[0]))
+        attributes += [(slot, getattr(obj, slot)) for slot in _slots(kind) if hasattr(obj, slot)]
         # All that a frozen dataclass is stands in its fields; of another object there may be more to know.
-        frozen = dataclasses.is_dataclass(obj) and type(obj).__dataclass_params__.frozen  # pyright: ignore
-        return ("instance", None if frozen else _serial(obj), *parts)
+        self._parts += ("instance", None if _is_frozen(kind) else _serial(obj), len(attributes))
+        self._visit(kind, None)
+        for key, value in attributes:
+            self._parts.append(key)
+            # A module's own dictionaries of children and parameters are not part of the path its tensors are named by.
+            self._visit(value, None if key in _UNNAMED else key)
+
+
+_UNNAMED = frozenset({"_parameters", "_buffers", "_modules"})
+_DESCRIBERS: tuple[tuple[Any, str], ...] = (
+    (Tensor, "_tensor"),
+    (types.FunctionType, "_function"),
+    (types.MethodType, "_method"),
+    (functools.partial, "_partial"),
+    (functools._lru_cache_wrapper, "_cached"),
+    (contextvars.ContextVar, "_context"),
+    (type, "_class"),
+    (types.ModuleType, "_module"),
+    ((list, tuple, set, frozenset, dict, collections.deque), "_container"),
+    ((bytearray, memoryview), "_bytes"),
+)
+
+
+@functools.lru_cache(4096)
+def _describer(kind: type) -> str:
+    """The method of `Environment` for objects of that type."""
+    for bases, method in _DESCRIBERS:
+        if issubclass(kind, bases):
+            return method
+    return "_array" if kind.__module__ in ("numpy", "array") and hasattr(kind, "tobytes") else "_instance"
 
 
 def forget_cached(is_foreign: Callable[[Any], bool]) -> None:
@@ -297,4 +403,4 @@ def describe_tensor(tensor: Tensor) -> tuple[Hashable, ...]:
         raise InputError(
             f"an argument has a tensor of layout {tensor.layout}, which cannot be traced: pass tensor.to_dense()"
         )
-    return (tuple(int(n) for n in tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+    return (tuple(map(int, tensor.shape)), tensor.stride(), tensor.dtype, tensor.device)

@@ -68,7 +68,7 @@ def lowered(
     key = (environment.key, form, call.requested, count, segments, exact, reuse)
     programs = call.graph.lowered.get(key)
     if programs is None:
-        joint, stable = _joint(call, environment, form, exact)
+        joint, stable = _joint(call, form, exact)
         if segments > 1:
             recompute(joint, segments)
         if not (exact or bound):
@@ -93,7 +93,7 @@ def lowered(
     return Forward(outputs, aux, pull)
 
 
-def _joint(call: Call, environment: Environment, form: type[Message], exact: bool) -> tuple[Joint, bool]:
+def _joint(call: Call, form: type[Message], exact: bool) -> tuple[Joint, bool]:
     program, graph = call.program, call.graph
     nodes = program.nodes
     values, spec = pytree.tree_flatten([node.meta["val"] for node in nodes])
@@ -109,7 +109,7 @@ def _joint(call: Call, environment: Environment, form: type[Message], exact: boo
         return [*relevance(call, arrived, known), *(_evaluated(layer, known, exact) for layer in shared)]
 
     starts = [node.meta["val"] for node in program.outputs]
-    module, stable = retrace(traced, [values[place] for place in places], starts, environment)
+    module, stable = retrace(traced, [values[place] for place in places], starts, call.composite)
     joint = join(program, list(_leaves(nodes)), module, [layer.output for layer in shared])
     simplify(joint)
     return joint, stable
