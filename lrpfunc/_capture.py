@@ -63,8 +63,13 @@ _lock = threading.Lock()
 _inside = threading.local()
 
 
+def is_capturing() -> bool:
+    """Whether this code is part of what is being captured."""
+    return getattr(_inside, "capture", False)
+
+
 def _refuse_nested() -> None:
-    if getattr(_inside, "capture", False):
+    if is_capturing():
         raise CaptureError(
             "the model function itself calls an lrpfunc transform that has not seen these shapes yet, and one capture "
             "cannot run inside another. Call the inner transform once with inputs of the same shapes first"

@@ -7,8 +7,8 @@ and plain containers of them, and returns tensors; the rest of a call goes past 
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Function(Protocol):
     def value(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
 
-_functions: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_functions: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _results: dict[str, Any] = {}
 _counter = itertools.count()
 
@@ -104,6 +104,8 @@ def _plain(value: Any) -> Any:
 
 def _flat(handle: str, result: Any) -> tuple[Tensor, ...]:
     tensors: list[Tensor] = []
+    if handle not in _results:
+        weakref.finalize(_functions[handle], _results.pop, handle, None)
     _results[handle] = _described(result, tensors)
     return tuple(tensors)
 

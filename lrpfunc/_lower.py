@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from lrpfunc._call import Call
-from lrpfunc._capture import isolated, retrace
+from lrpfunc._capture import is_capturing, isolated, retrace
 from lrpfunc._cut import Programs, cut, recompute
 from lrpfunc._environment import Environment
 from lrpfunc._forward import Forward, relevance, walk
@@ -67,6 +67,8 @@ def lowered(
     exact = exact or reuse or any(map(is_differentiated, (*call.arguments[:count], *inputs, *given)))
     key = (environment.key, form, call.requested, count, segments, exact, reuse)
     programs = call.graph.lowered.get(key)
+    if programs is None and is_capturing():  # where none can be made, one that can do more will do
+        programs = call.graph.lowered.get((*key[:-2], True, reuse))
     if programs is None:
         joint, stable = _joint(call, form, exact)
         if segments > 1:

@@ -268,6 +268,10 @@ def _attribution(
         )
     if segments < 1:
         raise InputError(f"segments={segments}: the forward pass is computed anew in 2 parts or more, or not at all, 1")
+    if segments > 1 and not lowered:
+        raise InputError(
+            f"segments={segments} divides the program that lowered=False does without. Leave out one of the two"
+        )
     argnums = argnums if isinstance(argnums, int) else tuple(argnums)
     layers = layers if layers is None or isinstance(layers, str) else tuple(layers)
     return Attribution(

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrpfunc as lrp
 from benchmarks.measure import flops, gradient, peak_memory
-from lrpfunc import _lower
+from lrpfunc import _compiled, _lower
 from tests.cases import ATTENTION_CASES, ATTENTION_COMPOSITES, ATTENTION_MODELS, COMPOSITES, MODELS, normal
 from tests.oracles import largest_difference
 
@@ -155,6 +155,11 @@ def test_segments_trade_compute_for_memory(rules: lrp.Composite) -> None:
     assert 30 <= runs[1] - runs[0] <= 36
 
 
+def test_segments_need_a_program() -> None:
+    with pytest.raises(lrp.InputError, match=r"segments=3 divides the program that lowered=False does without"):
+        lrp.attribute(lambda w, x: x @ w, segments=3, lowered=False)
+
+
 @pytest.mark.parametrize("model", [*MODELS, *ATTENTION_MODELS])
 def test_segments_change_no_number(model: str) -> None:
     case = {**MODELS, **ATTENTION_MODELS}[model]()
@@ -227,6 +232,18 @@ def test_a_rule_that_depends_on_numbers_walks_operation_by_operation() -> None:
     with pytest.raises(lrp.RuleError, match=r"lowered=False"):
         lrp.attribute(lambda _, x: x.relu(), rules)(None, x)
     assert torch.allclose(lrp.attribute(lambda _, x: x.relu(), rules, lowered=False)(None, x), x)
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_a_relevance_function_inside_a_model_function(differentiated: bool) -> None:
+    w, x = normal(3, 2 + differentiated), normal(1, 3)
+    inner = lrp.attribute(lambda w, x: (x @ w).square(), lrp.attn_lrp() + lrp.epsilon(0.0))
+    with pytest.raises(lrp.CaptureError, match="Call the inner transform once"):
+        lrp.attribute(lambda w, x: inner(w, x, target=1))(w, x)
+    inner(w.clone().requires_grad_(differentiated), x, target=1)
+    relevance = lrp.attribute(lambda w, x: inner(w, x, target=1), lrp.gradient())(w, x)
+    (expected,) = torch.func.vjp(lambda x: inner(w, x, target=1), x)[1](torch.ones_like(x))
+    assert largest_difference(relevance, expected) < 1e-12
 
 
 def test_a_target_may_close_over_what_is_differentiated() -> None:
@@ -388,6 +405,17 @@ def test_exports_to_a_process_without_lrpfunc(reordering: Any, tmp_path: Path) -
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Other dtypes and layouts
+
+
+def test_what_compiling_remembers_is_forgotten_with_the_function() -> None:
+    relevance_fn = lrp.attribute(lambda w, x: x @ w, lrp.epsilon())
+    torch.compile(relevance_fn, fullgraph=True, backend="eager")(normal(3, 2), normal(1, 3), target=1)
+    handle = relevance_fn.handle
+    assert handle in _compiled._results
+    del relevance_fn
+    torch.compiler.reset()
+    gc.collect()
+    assert handle not in _compiled._results
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
