@@ -1,5 +1,6 @@
 """How the suite runs: the same hypothesis examples everywhere, and one thread of torch's for each worker."""
 
+import gc
 import os
 
 import torch
@@ -11,3 +12,7 @@ settings.load_profile("lrpfunc")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers that each use all cores wait for one another most of the time.
     torch.set_num_threads(1)
+
+# A trace makes many objects that stay, and the collector looks through all there are each time their number has grown
+# by a quarter: a third of the suite's time.
+gc.set_threshold(20_000, 20, 100)
