@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
-from lrpfunc._environment import Environment, describe_tensor, forget_cached, is_cached
-from lrpfunc._errors import CaptureError, RuleError
+from lrpfunc._environment import Environment, describe_tensor, forget_cached, is_cached, is_custom_function
+from lrpfunc._errors import CaptureError, RuleError, opaque
 from lrpfunc._record import Recorder, recording
 from lrpfunc._torch import inside_transform
 
@@ -199,7 +199,7 @@ def _custom_functions() -> dict[types.CodeType, str]:
     while pending:
         cls = pending.pop()
         pending += cls.__subclasses__()
-        if cls.__module__.startswith("torch."):  # these have nothing to lose
+        if not is_custom_function(cls):  # torch's own have nothing to lose
             continue
         for name in ("forward", "setup_context"):
             method = inspect.unwrap(getattr(cls, name))
@@ -394,6 +394,8 @@ def retrace(
                 "when the walk is traced. Write it with torch.where, or walk operation by operation:\n\n"
                 "    lrpfunc.attribute(model_fn, rules, lowered=False)"
             ) from error
+        if isinstance(error, RuntimeError) and ("custom_function_call" in str(error) or "autograd.F" in str(error)):
+            raise opaque() from error
         raise
     finally:
         environment.forget(_is_fake)

@@ -37,7 +37,7 @@ def cut(joint: Joint, bound: int, reuse: bool) -> Programs:
         reuse: Whether the forward pass also computes what does not depend on the start.
     """
     steps = [node for node in joint.graph.nodes if node.op in ("call_function", "get_attr")]
-    first = _behind(joint, joint.inputs[:bound], lambda node: not is_random(node)) if bound else set()
+    first = bound_alone(joint, bound)
     steps += _clones(joint, first)
     early = _behind(joint, first | joint.early, _keeps(reuse))
     late = [node for node in steps if node not in early]
@@ -49,6 +49,11 @@ def cut(joint: Joint, bound: int, reuse: bool) -> Programs:
         _program(joint, [*prepared, *joint.inputs[bound:]], middle, [*joint.outputs, *saved]),
         _program(joint, [*saved, *joint.start], late, joint.relevance),
     )
+
+
+def bound_alone(joint: Joint, bound: int) -> set[fx.Node]:
+    """What is made of the bound inputs alone, and kept from call to call."""
+    return _behind(joint, joint.inputs[:bound], lambda node: not is_random(node)) if bound else set()
 
 
 def _clones(joint: Joint, kept: set[fx.Node]) -> list[fx.Node]:

@@ -116,6 +116,7 @@ class Environment:
     Attributes:
         key: Equal for two walks if and only if nothing but the numbers inside tensors changed between them.
         tensors: The tensors met, each once, in an order that is the same for equal keys.
+        custom: The custom subclasses of `torch.autograd.Function` met.
     """
 
     # NOTE: [one flat key] This walk is part of every call, and what it costs is mostly the containers that it makes
@@ -126,6 +127,7 @@ class Environment:
     def __init__(self, *roots: Any, transformed: bool = False, remember: bool = False):
         self._transformed = transformed
         self.tensors: list[Tensor] = []
+        self.custom: list[type] = []
         self._parts: list[Hashable] = []
         self._path: list[Any] = []
         self._seen: dict[int, int] = {}
@@ -304,6 +306,8 @@ class Environment:
 
     def _class(self, cls: type) -> None:
         """What instances inherit: everything of the user's classes, and what the user put into installed ones."""
+        if is_custom_function(cls):
+            self.custom.append(cls)
         self._parts += ("class", _serial(cls))
         for base in cls.__mro__:
             home = getattr(sys.modules.get(base.__module__), "__file__", None)
@@ -356,6 +360,11 @@ def _describer(kind: type) -> str:
         if issubclass(kind, bases):
             return method
     return "_array" if kind.__module__ in ("numpy", "array") and hasattr(kind, "tobytes") else "_instance"
+
+
+def is_custom_function(cls: type) -> bool:
+    """Whether it is a `torch.autograd.Function` that is not torch's own."""
+    return issubclass(cls, torch.autograd.Function) and not cls.__module__.startswith("torch.")
 
 
 def forget_cached(is_foreign: Callable[[Any], bool]) -> None:

@@ -29,3 +29,12 @@ class LayerNotFoundError(LookupError):
 
 class CaptureError(RuntimeError):
     """The model function cannot be captured as a pure function of tensors."""
+
+
+def opaque(name: str | None = None) -> RuleError:
+    """The error for a rule whose derivatives are hidden."""
+    return RuleError(
+        f"a rule uses a custom torch.autograd.Function{f', {name}' if name else ''}. Its backward would be taken for "
+        "the derivative of the rule, and derivatives of relevance would be wrong without a word. Write the rule in "
+        "ordinary torch operations, whose derivatives are exact; where one should stop, write x.detach()"
+    )

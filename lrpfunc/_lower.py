@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lrpfunc._call import Call
 from lrpfunc._capture import is_capturing, isolated, retrace
-from lrpfunc._cut import Programs, cut, recompute
+from lrpfunc._cut import Programs, bound_alone, cut, recompute
 from lrpfunc._environment import Environment
 from lrpfunc._forward import Forward, relevance, walk
 from lrpfunc._joint import Joint, join
@@ -73,8 +73,8 @@ def lowered(
         joint, stable = _joint(call, form, exact)
         if segments > 1:
             recompute(joint, segments)
-        if not (exact or bound):
-            reuse_memory(joint)
+        if not exact:
+            reuse_memory(joint, bound_alone(joint, count))
         programs = cut(joint, count, reuse)
         if stable:
             call.graph.lowered.put(key, programs)

@@ -170,17 +170,23 @@ _MAKES_NO_VIEW = _OF_ITS_OWN | {
 }
 
 
-def reuse_memory(joint: Joint) -> None:
+def reuse_memory(joint: Joint, kept: set[fx.Node]) -> None:
     """Lets arithmetic of the walk write into an operand that nothing else needs, if no derivative is taken.
 
     Large tensors are slow to allocate. What is written to is never an input, nor a value of the forward pass.
+
+    Args:
+        joint: The graph.
+        kept: What is kept from call to call, and must not be written to.
     """
     order = {node: index for index, node in enumerate(joint.graph.nodes)}
     for node in joint.graph.nodes:
         if node in joint.early or node.target not in _IN_PLACE or node.kwargs:
             continue
         operands = node.args if node.target in _COMMUTES else node.args[:1]
-        written = next((x for x in operands if isinstance(x, fx.Node) and _is_free(x, node, joint, order)), None)
+        written = next(
+            (x for x in operands if isinstance(x, fx.Node) and x not in kept and _is_free(x, node, joint, order)), None
+        )
         if written is not None:
             others = [x for x in node.args if x is not written]
             node.args = (written, *others)

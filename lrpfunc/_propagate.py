@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lrpfunc._errors import NoPathError, RuleError, UncoveredLayerError
+from lrpfunc._environment import Environment
+from lrpfunc._errors import NoPathError, RuleError, UncoveredLayerError, opaque
 from lrpfunc._graph import Graph
 from lrpfunc._layer import STRUCTURAL, BoundLayer, Kind, Layer
 from lrpfunc._message import Message, Multiplier, add
@@ -47,6 +48,8 @@ def assign(graph: Graph, composite: Composite) -> dict[Layer, Rule]:
         )
     if uncovered:
         raise _uncovered(uncovered)
+    if custom := Environment(*dict.fromkeys(rules.values()), transformed=True).custom:
+        raise opaque(custom[0].__name__)
     softmaxes = [layer for layer in rules if layer.kind not in STRUCTURAL]
     if {layer.kind for layer in softmaxes} == {Kind.SOFTMAX} and needed.isdisjoint({*graph.starts, *graph.sources}):
         raise _stopped_at_once(softmaxes[0])

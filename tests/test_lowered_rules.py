@@ -199,3 +199,39 @@ def test_compiles_with_a_tensor_in_a_rule() -> None:
     fn = lrp.attribute(lambda p, x: (x @ p["w"]).relu() @ p["v"], lrp.epsilon(torch.tensor(0.1).double()))
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     assert largest_difference(compiled(PARAMS, normal(3, 4), target=1), fn(PARAMS, normal(3, 4), target=1)) < 1e-12
+
+
+def by_weight(layer: Any, message: Any) -> Tensor:
+    return (layer.parameters[0].abs().sum(0)[None] + 1) * message.value.sum(-1, keepdim=True)
+
+
+def test_the_walk_writes_to_nothing_that_is_bound() -> None:
+    params, x = {"w": normal(2, 3)}, normal(1, 3)
+    relevance_fn = lrp.attribute(lambda p, x: F.linear(x, p["w"]), [(lrp.Dense, Written(by_weight))])
+    bound, expected = relevance_fn.bind(params), relevance_fn(params, x, target=1)
+    assert all(torch.equal(bound(x, target=1), expected) for _ in range(2))
+
+
+class Severed(torch.autograd.Function):
+    """The identity, with a backward of its own, as it was written before torch.func."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.zeros_like(gradients[0])
+
+
+@pytest.mark.parametrize("lowered", [True, False])
+def test_custom_autograd_functions_are_refused(lowered: bool) -> None:
+    rule = Written(lambda layer, message: Severed.apply(message.value * layer.input))
+    with pytest.raises(lrp.RuleError, match=r"custom torch\.autograd\.Function, Severed\. Its backward"):
+        lrp.attribute(F.relu, [(lrp.Activation, rule)], argnums=0, lowered=lowered)(normal(1, 3), target=0)
+
+
+def test_custom_autograd_functions_that_do_not_show() -> None:
+    rule = Written(lambda layer, message: globals()["Sev" + "ered"].apply(message.value * layer.input))
+    with pytest.raises(lrp.RuleError, match=r"custom torch\.autograd\.Function\. Its backward"):
+        lrp.attribute(F.relu, [(lrp.Activation, rule)], argnums=0)(normal(1, 3), target=0)
