@@ -113,7 +113,7 @@ def _joint(call: Call, form: type[Message], exact: bool) -> tuple[Joint, bool]:
     starts = [node.meta["val"] for node in program.outputs]
     module, stable = retrace(traced, [values[place] for place in places], starts, call.composite)
     joint = join(program, list(_leaves(nodes)), module, [layer.output for layer in shared])
-    simplify(joint)
+    simplify(joint, exact)
     return joint, stable
 
 

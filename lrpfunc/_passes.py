@@ -14,12 +14,12 @@ from lrpfunc._kinds import finite, nonnegative
 from lrpfunc._operations import SELECT, aten, is_random, operation_name
 
 
-def simplify(joint: Joint) -> None:
-    """Drops what is not needed, and computes once what is computed several times."""
+def simplify(joint: Joint, exact: bool) -> None:
+    """Drops what is not needed, and computes once what is computed several times; `exact` keeps every derivative."""
     _drop_dead(joint)
     _merge_repeated(joint)
     _keep_what_is_computed(joint)
-    _fold(joint)
+    _fold(joint, exact)
     _drop_dead(joint)
 
 
@@ -98,9 +98,10 @@ def _steps(joint: Joint, value: fx.Node) -> list[fx.Node]:
     return [node for node in joint.graph.nodes if node in found]
 
 
-def _fold(joint: Joint) -> None:
+def _fold(joint: Joint, exact: bool) -> None:
     """Uses what is known of activations: that they are finite, not negative, or a ReLU's."""
     facts = _Facts(
+        exact,
         {joint.forward[node] for node in finite(joint.program)},
         {joint.forward[node] for node in nonnegative(joint.program)},
     )
@@ -120,6 +121,7 @@ def _alike(first: fx.Node, second: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Facts:
+    exact: bool
     finite: set[fx.Node]
     nonnegative: set[fx.Node]
 
@@ -127,11 +129,13 @@ class _Facts:
 def _simpler(node: fx.Node, facts: _Facts) -> fx.Node | None:
     match node.target, node.args:
         case aten.where.self, (condition, _, fx.Node() as kept):
-            never_infinite = kept in facts.finite and _is(condition, aten.isinf.default, kept)
-            never_negative = kept in facts.nonnegative and _is(condition, aten.lt.Scalar, kept, 0)
-            return kept if never_infinite or never_negative else None
+            return kept if kept in facts.finite and _is(condition, aten.isinf.default, kept) else None
+        case ((aten.clamp_min.default | aten.clamp.default), (fx.Node() as kept, 0)):
+            return kept if kept in facts.nonnegative else None
         case aten.mul.Tensor, (fx.Node() as x, 1):
             return x
+        case aten.detach.default, (fx.Node() as x,):
+            return None if facts.exact else x
         case aten.mul.Tensor, (fx.Node() as x, fx.Node() as masked):
             for z, m in ((x, masked), (masked, x)):
                 if m.target is not aten.threshold_backward.default or m.args[2] != 0:
@@ -156,13 +160,15 @@ _IN_PLACE: dict[Any, Any] = {
     aten.add.Tensor: aten.add_.Tensor,
     aten.mul.Tensor: aten.mul_.Tensor,
     aten.div.Tensor: aten.div_.Tensor,
+    aten.sign.default: aten.sign_.default,
+    aten.neg.default: aten.neg_.default,
 }
+_ELEMENTWISE = (aten.clamp_min.default, aten.relu.default, aten.threshold_backward.default, aten.where.self)
 _COMMUTES = (aten.add.Tensor, aten.mul.Tensor)
-_OF_ITS_OWN = {*_IN_PLACE, *_IN_PLACE.values(), aten.convolution.default, aten.clamp_min.default, aten.where.self}
+_OF_ITS_OWN = {*_IN_PLACE, *_IN_PLACE.values(), *_ELEMENTWISE, aten.convolution.default}
 _MAKES_NO_VIEW = _OF_ITS_OWN | {
     aten.convolution_backward.default,
     aten.max_pool2d_with_indices_backward.default,
-    aten.threshold_backward.default,
     aten.mm.default,
     aten.isinf.default,
     aten.lt.Scalar,
@@ -181,9 +187,9 @@ def reuse_memory(joint: Joint, kept: set[fx.Node]) -> None:
     """
     order = {node: index for index, node in enumerate(joint.graph.nodes)}
     for node in joint.graph.nodes:
-        if node in joint.early or node.target not in _IN_PLACE or node.kwargs:
+        if node in joint.early or node.target not in _IN_PLACE:
             continue
-        operands = node.args if node.target in _COMMUTES else node.args[:1]
+        operands = node.args if node.target in _COMMUTES and not node.kwargs else node.args[:1]
         written = next(
             (x for x in operands if isinstance(x, fx.Node) and x not in kept and _is_free(x, node, joint, order)), None
         )

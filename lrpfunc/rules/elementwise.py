@@ -13,7 +13,7 @@ from lrpfunc._layer import BoundLayer, Kind, Layer
 from lrpfunc._message import Message, Multiplier, Relevance, divide
 from lrpfunc._operations import HOMOGENEOUS
 from lrpfunc._torch import vjp
-from lrpfunc.rules._rule import Form, Rule
+from lrpfunc.rules._rule import Form, Rule, where_positive
 
 
 def _needs_pointwise(rule: Rule, layer: Layer) -> str | None:
@@ -121,7 +121,7 @@ class ReLUGuidedBackprop(_OfCotangent):
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         (cotangent,) = layer.vjp(message.value)
-        return (Multiplier(torch.where(message.value > 0, cotangent, 0)),)
+        return (Multiplier(where_positive(message.value, cotangent)),)
 
 
 @final

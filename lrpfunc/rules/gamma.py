@@ -21,6 +21,7 @@ from lrpfunc.rules._rule import (
     negative,
     of_bias,
     positive,
+    where_positive,
 )
 
 
@@ -97,7 +98,8 @@ class Gamma(Rule):
         if layer.rectified is not None:
             rectified = message.relevance(layer.rectified)
             return Quotient.of(rectified if sign > 0 else torch.zeros_like(rectified), z, self.stabilizer)
-        part = torch.where(sign * layer.output > 0, message.relevance(layer.output), 0)
+        decides = layer.output if sign > 0 else -layer.output
+        part = where_positive(decides, message.relevance(layer.output))
         return Quotient.of(part, z, self.stabilizer)
 
     def _raised(self, parameter: Tensor) -> Tensor:
