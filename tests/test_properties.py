@@ -120,6 +120,7 @@ RULES: dict[str, lrp.Rule] = {
     **{f"activation_{name}": rule for name, rule in ELEMENTWISE_RULES.items()},
     **{f"sum_{name}": rule for name, rule in SUM_RULES.items()},
     **{f"attention_{name}": rule for name, rule in ATTENTION_RULES.items()},
+    **{f"default_{type(rule).__name__}": rule for rule in (lrp.Epsilon(), lrp.ZPlus(), lrp.Gamma(), lrp.AlphaBeta())},
 }
 SINGULAR = ("epsilon_zero", "sum_uniform")
 """Rules with points where relevance jumps: `0 / 0` is read as 0, and a zero activation is left with relevance."""

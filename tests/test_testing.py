@@ -141,6 +141,14 @@ def test_a_kink_is_no_failure() -> None:
     assert not assert_exact_derivatives(model_fn, params, x, [(lrp.Activation, lrp.Pass())], target=0)
 
 
+@pytest.mark.parametrize("rule", [lrp.Epsilon(), lrp.ZPlus(), lrp.Gamma(), lrp.AlphaBeta()], ids=repr)
+def test_a_feature_narrower_than_the_steps_is_no_failure(rule: lrp.Rule) -> None:
+    """Around zero, relevance bends within the stabilizer, 1e-6 by default."""
+    net = Net((Linear(2, bias=False), Linear(2)), (1, 2, 2), values="zero")
+    assert_exact_derivatives(*net.case(), [(lrp.Dense, rule)], target=0)
+    check_rule(rule, examples=2, skip={*testing.PROPERTIES} - {"exact_derivatives"})
+
+
 def test_hypothesis_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("lrpfunc.testing")]:
         monkeypatch.delitem(sys.modules, name)
