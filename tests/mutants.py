@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 import lrpfunc as lrp
 from lrpfunc import _graph, _message, _propagate
@@ -131,6 +132,67 @@ class Rectified(lrp.Rule):
         return {**booked, "rule": booked["rule"] + message.value.clamp(max=0).sum()}
 
 
+@dataclass(frozen=True, eq=False)
+class Spread(lrp.Rule):
+    """The same share of all relevance for all inputs of all samples."""
+
+    def propagate(self, layer: lrp.BoundLayer, message: Message) -> tuple[Message, ...]:
+        return (lrp.Relevance((message.value.sum() / layer.input.numel()).expand(layer.input.shape)),)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(lrp.Rule):
+    """`Epsilon`, with a stabilizer that is scaled by all samples, or has the sign of their sum."""
+
+    sign: bool
+
+    def propagate(self, layer: lrp.BoundLayer, message: Message) -> tuple[Message, ...]:
+        return (lrp.Multiplier(layer.vjp(message.value / self.stabilized(layer.output))[0]),)
+
+    def stabilized(self, z: Tensor) -> Tensor:
+        if self.sign:
+            return z + torch.where(z.sum() < 0, -0.1, 0.1)
+        return z + torch.where(z < 0, -1, 1) * (0.1 * z.abs().mean() + 0.01)
+
+
+@dataclass(frozen=True, eq=False)
+class Unless(lrp.Rule):
+    """`Epsilon`, a tenth too much where something holds."""
+
+    holds: Callable[[lrp.BoundLayer, Message], bool]
+
+    def propagate(self, layer: lrp.BoundLayer, message: Message) -> tuple[Message, ...]:
+        (right,) = lrp.Epsilon(0.1).propagate(layer, message)
+        return (lrp.Multiplier(right.value * 1.1) if self.holds(layer, message) else right,)
+
+    def absorbed(self, layer: lrp.BoundLayer, message: Message) -> dict[str, Tensor]:
+        return lrp.Epsilon(0.1).absorbed(layer, message)
+
+
+def strided(layer: lrp.BoundLayer, message: Message) -> bool:
+    return "conv" in layer.layer.operation and 2 in layer.layer.nodes[-1].args[3]  # type: ignore[operator]
+
+
+def transposed(layer: lrp.BoundLayer, message: Message) -> bool:
+    return strided(layer, message) and "transpose" in layer.layer.operation
+
+
+def mapped_over(layer: lrp.BoundLayer, message: Message) -> bool:
+    return is_batchedtensor(message.value)
+
+
+@dataclass(frozen=True, eq=False)
+class Noting(lrp.Rule):
+    """`Epsilon`, which counts its calls."""
+
+    def propagate(self, layer: lrp.BoundLayer, message: Message) -> tuple[Message, ...]:
+        object.__setattr__(self, "seen", getattr(self, "seen", 0) + 1)
+        return lrp.Epsilon(0.1).propagate(layer, message)
+
+    def absorbed(self, layer: lrp.BoundLayer, message: Message) -> dict[str, Tensor]:
+        return lrp.Epsilon(0.1).absorbed(layer, message)
+
+
 RULES: dict[str, tuple[lrp.Rule, str]] = {
     "the denominator is detached": (Detached(), "exact_derivatives"),
     "the bias is forgotten": (Forgetful(), "conservation"),
@@ -139,6 +201,13 @@ RULES: dict[str, tuple[lrp.Rule, str]] = {
     "the form of a message is confused": (Confused(), "conservation"),
     "the weights are changed in place": (Overwriting(), "pure"),
     "negative relevance is dropped": (Rectified(), "linear_in_relevance"),
+    "relevance is spread over the batch": (Spread(), "samples_apart"),
+    "the stabilizer is scaled by the batch": (Scaled(False), "samples_apart"),
+    "the sign is that of the batch": (Scaled(True), "samples_apart"),
+    "strided convolutions are wrong": (Unless(strided), "conservation"),
+    "strided transposed convolutions are wrong": (Unless(transposed), "conservation"),
+    "it is wrong under vmap": (Unless(mapped_over), "vmap_equals_loop"),
+    "the rule changes itself": (Noting(), "pure"),
 }
 """What is wrong, and one of the properties that must fail."""
 

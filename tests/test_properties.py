@@ -65,12 +65,12 @@ def check(case: Case, name: str) -> None:
         raise AssertionError(f"{error}\n\n{case.code(name)}") from error
 
 
-OP_BY_OP = {name: {"lowered": False} for name in ("exact_derivatives", "vmap_equals_loop")}
+OP_BY_OP = {name: {"lowered": False} for name in ("exact_derivatives", "vmap_equals_loop", "samples_apart")}
 """What is searched without lowering, which takes longer than the check; the programs are compared with the walk."""
 
 SEARCHES: dict[str, tuple[list[str], int, int, int]] = {
     "derivatives": (["exact_derivatives"], 20, 240, 8),
-    "vmap": (["vmap_equals_loop"], 15, 300, 8),
+    "vmap": (["vmap_equals_loop", "samples_apart"], 12, 300, 8),
     "balance": (["conservation", "linear_in_relevance", "pure"], 25, 600, 8),
     "gradients": (["gradient_equivalence"], 15, 200, 6),
     "lowered": (["lowered_equals_walk"], 10, 60, 4),

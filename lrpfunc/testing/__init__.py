@@ -5,8 +5,9 @@ A rule is right when its properties hold on models nobody thought of. One line p
     check_rule(MyRule())
 
 draws small networks at random and asserts of each that derivatives of relevance are exact, that every layer's relevance
-is accounted for, that `vmap` equals a loop, that a call changes nothing, that relevance is linear in what it starts
-from, that the gradient and the value are the model's own, and that all of it compiles. Whatever fails is reported with
+is accounted for, that `vmap` equals a loop, that samples keep to themselves, that a call changes nothing, that
+relevance is linear in what it starts from, that the gradient and the value are the model's own, and that all of it
+compiles. Whatever fails is reported with
 the smallest network that shows it, as code to paste. CONTRIBUTING.md walks through writing a rule, breaking it in four
 ways and reading what this says.
 
@@ -42,6 +43,7 @@ from lrpfunc.testing._assertions import assert_gradient_equivalence as assert_gr
 from lrpfunc.testing._assertions import assert_linear_in_relevance as assert_linear_in_relevance
 from lrpfunc.testing._assertions import assert_lowered_equals_walk as assert_lowered_equals_walk
 from lrpfunc.testing._assertions import assert_pure as assert_pure
+from lrpfunc.testing._assertions import assert_samples_apart as assert_samples_apart
 from lrpfunc.testing._assertions import assert_vmap_equals_loop as assert_vmap_equals_loop
 from lrpfunc.testing._blocks import Conv as Conv
 from lrpfunc.testing._blocks import InPlace as InPlace
@@ -50,8 +52,8 @@ from lrpfunc.testing._blocks import Normalize as Normalize
 from lrpfunc.testing._blocks import Pointwise as Pointwise
 from lrpfunc.testing._blocks import Pool as Pool
 from lrpfunc.testing._blocks import Rearrange as Rearrange
-from lrpfunc.testing._check import PROPERTIES as PROPERTIES
-from lrpfunc.testing._check import Case as Case
+from lrpfunc.testing._case import PROPERTIES as PROPERTIES
+from lrpfunc.testing._case import Case as Case
 from lrpfunc.testing._check import check_rule as check_rule
 from lrpfunc.testing._derivatives import assert_exact_derivatives as assert_exact_derivatives
 from lrpfunc.testing._hyperparameters import with_tensors as with_tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,18 +12,34 @@ from torch.func import vmap
 
 import lrpfunc as lrp
 from lrpfunc._torch import vjp
+from lrpfunc.composites import as_composite
+from lrpfunc.testing._numbers import (
+    ROUNDING,
+    PropertyError,
+    close,
+    difference,
+    identical,
+    joined,
+    probe,
+    require_float64,
+    sample,
+    samples,
+    scaled,
+    split,
+)
 
 ModelFn = Callable[..., Any]
 
-ROUNDING = 1e-9
-"""What two ways to compute the same numbers in float64 may differ by, relative to the largest."""
-
-CANCELLED = 1e-4
-"""Numbers below are compared as if they were as large: behind a layer norm of one feature all of it is rounding."""
-
 
 def assert_gradient_equivalence(
-    model_fn: ModelFn, params: Any, x: Any, rules: Any = None, *, homogeneous: bool = False, tolerance: float = ROUNDING
+    model_fn: ModelFn,
+    params: Any,
+    x: Any,
+    rules: Any = None,
+    *,
+    homogeneous: bool = False,
+    lowered: bool = True,
+    tolerance: float = ROUNDING,
 ) -> None:
     """With `gradient()`, `vjp` is `torch.func.vjp`; and what `attribute_and_value` returns is the model's own value.
 
@@ -36,6 +52,7 @@ def assert_gradient_equivalence(
         x: Its input.
         rules: Those that the value is computed beside.
         homogeneous: The model is made of ReLUs and layers without a bias: then LRP-0 must be input times gradient.
+        lowered: As for `lrpfunc.attribute`.
         tolerance: Relative to the largest number.
 
     Raises:
@@ -45,32 +62,32 @@ def assert_gradient_equivalence(
         >>> from lrpfunc.testing import Linear, Net, Pointwise, assert_gradient_equivalence
         >>> assert_gradient_equivalence(*Net((Linear(2), Pointwise("tanh"))).case())
     """
-    trained, untrained = _split(params)
-    _, plain = vjp(lambda p, x: model_fn(_joined(p, untrained), x), trained, x)
+    trained, untrained = split(params)
+    _, plain = vjp(lambda p, x: model_fn(joined(p, untrained), x), trained, x)
     output, pullback = lrp.vjp(model_fn, lrp.gradient(), params, x, argnums=(0, 1))
-    cotangent = pytree.tree_map(_probe, output)
+    cotangent = pytree.tree_map(probe, output)
     ours, theirs = pullback(cotangent), plain(cotangent)
-    _close(_split(ours[0])[0], theirs[0], tolerance, "gradient() and torch.func.vjp for the parameters")
-    _close(ours[1], theirs[1], tolerance, "gradient() and torch.func.vjp for the input")
-    _assert_value(model_fn, params, x, rules)
+    close(split(ours[0])[0], theirs[0], tolerance, ("gradient()", "torch.func.vjp for the parameters"))
+    close(ours[1], theirs[1], tolerance, ("gradient()", "torch.func.vjp for the input"))
+    _assert_value(model_fn, params, x, rules, lowered)
     if homogeneous:
         _, lrp_0 = lrp.vjp(model_fn, [(lrp.Activation, lrp.Pass())], params, x)
         product = pytree.tree_map(torch.mul, x, vjp(lambda x: model_fn(params, x), x)[1](cotangent)[0])
         start = pytree.tree_map(torch.mul, output, cotangent)
-        _close(lrp_0(start), product, tolerance, "LRP-0 and input times gradient")
+        close(lrp_0(start), product, tolerance, ("LRP-0", "input times gradient"))
 
 
-def _assert_value(model_fn: ModelFn, params: Any, x: Any, rules: Any) -> None:
-    trained, untrained = _split(params)
-    fn = lrp.attribute_and_value(model_fn, rules)
+def _assert_value(model_fn: ModelFn, params: Any, x: Any, rules: Any, lowered: bool) -> None:
+    trained, untrained = split(params)
+    fn = lrp.attribute_and_value(model_fn, rules, lowered=lowered)
     _, value = fn(params, x)
     for ours, theirs in zip(pytree.tree_leaves(value), pytree.tree_leaves(model_fn(params, x)), strict=True):
         if not torch.equal(ours, theirs):
-            raise AssertionError(f"the value is not the model's own: it differs by {_difference(ours, theirs):.1e}")
-    cotangent = pytree.tree_map(_probe, value)
-    _, pullback = vjp(lambda p: fn(_joined(p, untrained), x)[1], trained)
-    _, plain = vjp(lambda p: model_fn(_joined(p, untrained), x), trained)
-    _close(pullback(cotangent), plain(cotangent), ROUNDING, "gradients of the value and of the model")
+            raise PropertyError(f"the value is not the model's own: it differs by {difference(ours, theirs):.1e}")
+    cotangent = pytree.tree_map(probe, value)
+    _, pullback = vjp(lambda p: fn(joined(p, untrained), x)[1], trained)
+    _, plain = vjp(lambda p: model_fn(joined(p, untrained), x), trained)
+    close(pullback(cotangent), plain(cotangent), ROUNDING, ("gradients of the value", "gradients of the model"))
 
 
 def assert_vmap_equals_loop(
@@ -105,17 +122,79 @@ def assert_vmap_equals_loop(
     fn = lrp.attribute(model_fn, rules, lowered=lowered)
 
     def check(over: str, function: Callable[[Any], Any], values: Any) -> None:
-        count = len(pytree.tree_leaves(values)[0])
-        looped = [function(pytree.tree_map(lambda v, i=i: v[i], values)) for i in range(count)]
+        tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+        if not tensors:
+            return
+        looped = [function(pytree.tree_map_only(Tensor, lambda v, i=i: v[i], values)) for i in range(len(tensors[0]))]
         expected = pytree.tree_map(lambda *parts: torch.stack(parts), *looped)
-        _close(vmap(function)(values), expected, tolerance, f"vmap over {over} and a loop")
+        axes = pytree.tree_map(lambda v: 0 if isinstance(v, Tensor) else None, values)
+        close(vmap(function, in_dims=(axes,))(values), expected, tolerance, (f"vmap over {over}", "a loop"))
 
-    check("inputs", lambda x: fn(params, x, target=target), _scaled(x, [1.0, -0.5]))
-    if pytree.tree_leaves(params):
-        check("parameters", lambda p: fn(p, x, target=target), _scaled(params, [1.0, 0.8]))
+    check("inputs", lambda x: fn(params, x, target=target), scaled(x, [1.0, -0.5]))
+    check("parameters", lambda p: fn(p, x, target=target), scaled(params, [1.0, 0.8]))
     output = model_fn(params, x)
     if isinstance(output, Tensor) and output.ndim in (1, 2):
         check("targets", lambda t: fn(params, x, target=t), torch.arange(min(output.shape[-1], 3)))
+
+
+def assert_samples_apart(
+    model_fn: ModelFn,
+    params: Any,
+    x: Any,
+    rules: Any = None,
+    *,
+    target: Any = None,
+    lowered: bool = True,
+    tolerance: float = ROUNDING,
+) -> bool:
+    """A sample's relevance is its own: that of a batch is that of its samples, each alone.
+
+    So it must be wherever the model itself treats samples apart. Where its output for a sample alone is not that for
+    the sample in the batch (to 1e-12), or there is one sample only, there is nothing to compare.
+
+    Args:
+        model_fn: A function `f(params, x)`, in float64.
+        params: Its parameters.
+        x: Its input, the batch first.
+        rules: As for `lrpfunc.attribute`.
+        target: Where relevance starts; tensors, and what functions return, are cut like the input.
+        lowered: As for `lrpfunc.attribute`.
+        tolerance: Relative to the largest number.
+
+    Returns:
+        Whether there was anything to compare.
+
+    Raises:
+        ValueError: If parameters or input are floating-point tensors of another dtype.
+        AssertionError: If not, with the first sample for which it is not.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> from lrpfunc.testing import Linear, Net, assert_samples_apart
+        >>> assert_samples_apart(*Net((Linear(2),), (2, 3)).case(), lrp.epsilon(0.1), target=0)
+        True
+    """
+    require_float64(params, x)
+    count, output = samples(x), model_fn(params, x)
+    if count < 2 or not _treats_apart(model_fn, params, x, output):
+        return False
+    start: Any = target(output) if callable(target) else target
+    fn = lrp.attribute(model_fn, rules, lowered=lowered)
+    together = fn(params, x, target=start)
+    for i in range(count):
+        alone = fn(params, sample(x, i), target=sample(start, i))
+        what = (f"relevance of sample {i} in a batch of {count}", "of that sample alone")
+        close(sample(together, i), alone, tolerance, what, together)
+    return True
+
+
+def _treats_apart(model_fn: ModelFn, params: Any, x: Any, output: Any) -> bool:
+    try:
+        for i in range(samples(x)):
+            close(model_fn(params, sample(x, i)), sample(output, i), 1e-12, ("a sample alone", "in the batch"))
+    except Exception:  # what it raises for one sample, or for numbers of other shapes, is not the matter here
+        return False
+    return True
 
 
 def assert_conservation(
@@ -144,10 +223,10 @@ def assert_conservation(
     explanation = lrp.explain(model_fn, rules)(params, x, target=target)
     off = [row for row in explanation.rows if not abs(row.residual) <= tolerance * max(row.absolute, 1e-30)]
     if off:
-        raise AssertionError("the balance does not close at\n\n" + "\n".join(map(_balance, off)))
+        raise PropertyError("the balance does not close at\n\n" + "\n".join(map(_balance, off)))
     total = sum(row.absolute for row in explanation.rows)
     if not abs(explanation.residual) <= tolerance * max(total, abs(explanation.start), 1e-30):
-        raise AssertionError(f"each layer's balance closes, but the model's does not:\n\n{explanation}")
+        raise PropertyError(f"each layer's balance closes, but the model's does not:\n\n{explanation}")
 
 
 def _balance(row: lrp.Row) -> str:
@@ -158,11 +237,13 @@ def _balance(row: lrp.Row) -> str:
     )
 
 
-def assert_pure(model_fn: ModelFn, params: Any, x: Any, rules: Any = None, *, target: Any = None) -> None:
+def assert_pure(
+    model_fn: ModelFn, params: Any, x: Any, rules: Any = None, *, target: Any = None, lowered: bool = True
+) -> None:
     """A call changes nothing, and a second one gives the same bits.
 
-    Parameters and input are compared bit by bit and by their version counters, as are the state of random numbers,
-    the gradient mode and the default dtype.
+    Parameters and input are compared bit by bit and by their version counters, as are the attributes of rules, the
+    state of random numbers, the gradient mode and the default dtype.
 
     Args:
         model_fn: A function `f(params, x)`.
@@ -170,6 +251,7 @@ def assert_pure(model_fn: ModelFn, params: Any, x: Any, rules: Any = None, *, ta
         x: Its input.
         rules: As for `lrpfunc.attribute`.
         target: Where relevance starts.
+        lowered: As for `lrpfunc.attribute`.
 
     Raises:
         AssertionError: If something has changed, with its name.
@@ -178,22 +260,25 @@ def assert_pure(model_fn: ModelFn, params: Any, x: Any, rules: Any = None, *, ta
         >>> from lrpfunc.testing import Linear, Net, assert_pure
         >>> assert_pure(*Net((Linear(2),)).case(), target=0)
     """
-    before = _state(params, x)
-    first = lrp.attribute(model_fn, rules)(params, x, target=target)
-    after = _state(params, x)
+    before = _state(params, x, rules)
+    first = lrp.attribute(model_fn, rules, lowered=lowered)(params, x, target=target)
+    after = _state(params, x, rules)
     changed = [name for name, value in before.items() if not _same(value, after[name])]
     if changed:
-        raise AssertionError(f"the call has changed {', '.join(changed)}")
-    second = lrp.attribute(model_fn, rules)(params, x, target=target)
+        raise PropertyError(f"the call has changed {', '.join(changed)}")
+    second = lrp.attribute(model_fn, rules, lowered=lowered)(params, x, target=target)
     for one, other in zip(pytree.tree_leaves(first), pytree.tree_leaves(second), strict=True):
-        if not torch.equal(one.nan_to_num(), other.nan_to_num()):
-            raise AssertionError(f"two calls with the same arguments differ by {_difference(one, other):.1e}")
+        if not identical(one, other):
+            raise PropertyError(f"two calls with the same arguments differ by {difference(one, other):.1e}")
 
 
-def _state(params: Any, x: Any) -> dict[str, Any]:
-    tensors = pytree.tree_flatten_with_path({"input": x, "parameters": params})[0]
+def _state(params: Any, x: Any, rules: Any) -> dict[str, Any]:
+    leaves = pytree.tree_flatten_with_path({"input": x, "parameters": params})[0]
+    tensors = [(pytree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+    entries = [] if rules is None else as_composite(rules).entries
     return {
-        **{pytree.keystr(path): (leaf, leaf._version, leaf.detach().clone(), leaf.grad) for path, leaf in tensors},
+        **{name: (leaf, leaf._version, leaf.detach().clone(), leaf.grad) for name, leaf in tensors},
+        **{f"the rule {place} ({type(rule).__name__})": dict(vars(rule)) for place, (_, rule) in enumerate(entries)},
         "the state of random numbers": torch.get_rng_state(),
         "the gradient mode": torch.is_grad_enabled(),
         "the default dtype": torch.get_default_dtype(),
@@ -202,7 +287,9 @@ def _state(params: Any, x: Any) -> dict[str, Any]:
 
 def _same(before: Any, after: Any) -> bool:
     if isinstance(before, tuple):
-        return before[1] == after[1] and torch.equal(before[2], after[2]) and before[3] is after[3]
+        return before[1] == after[1] and identical(before[2], after[2]) and before[3] is after[3]
+    if isinstance(before, dict):
+        return before.keys() == after.keys() and all(before[name] is after[name] for name in before)
     return torch.equal(before, after) if isinstance(before, Tensor) else before == after
 
 
@@ -228,10 +315,10 @@ def assert_linear_in_relevance(
         >>> assert_linear_in_relevance(*Net((Linear(2),)).case())
     """
     output, pullback = lrp.vjp(model_fn, rules, params, x)
-    one, other = pytree.tree_map(_probe, output), pytree.tree_map(lambda o: _probe(o).square() - 0.3, output)
+    one, other = pytree.tree_map(probe, output), pytree.tree_map(lambda o: probe(o).square() - 0.3, output)
     both = pullback(pytree.tree_map(lambda a, b: 2 * a - 3 * b, one, other))
     apart = [pytree.tree_map(lambda r, f=f: f * r, pullback(start)) for f, start in ((2, one), (-3, other))]
-    _close(both, pytree.tree_map(torch.add, *apart), tolerance, "relevance of a sum and the sum of relevances", apart)
+    close(both, pytree.tree_map(torch.add, *apart), tolerance, ("relevance of a sum", "the sum of relevances"), apart)
 
 
 def assert_lowered_equals_walk(
@@ -260,7 +347,7 @@ def assert_lowered_equals_walk(
         given = pytree.tree_map(lambda t, d=differentiated: t.detach().requires_grad_(d), x)
         found, expected = (fn(params, given, target=target) for fn in (flat, walk))
         how = "differentiated" if differentiated else "plain"
-        _close(found, expected, tolerance, f"the {how} lowered relevance and the walk's")
+        close(found, expected, tolerance, (f"the {how} lowered relevance", "the walk's"))
 
 
 def assert_compiles(
@@ -270,6 +357,7 @@ def assert_compiles(
     rules: Any = None,
     *,
     target: Any = None,
+    lowered: bool = True,
     fullgraph: bool = True,
     backend: str = "aot_eager",
     tolerance: float = ROUNDING,
@@ -282,6 +370,7 @@ def assert_compiles(
         x: Its input.
         rules: As for `lrpfunc.attribute`.
         target: Where relevance starts.
+        lowered: As for `lrpfunc.attribute`.
         fullgraph: Whether it must compile to one graph.
         backend: As for `torch.compile`.
         tolerance: Relative to the largest number.
@@ -294,51 +383,11 @@ def assert_compiles(
         >>> from lrpfunc.testing import Linear, Net, assert_compiles
         >>> assert_compiles(*Net((Linear(2),)).case(), lrp.epsilon(0.1), target=0, backend="eager")
     """
-    fn = lrp.attribute(model_fn, rules)
+    fn = lrp.attribute(model_fn, rules, lowered=lowered)
 
     def relevance(params: Any, x: Any) -> Any:
         return fn(params, x, target=target)
 
     torch.compiler.reset()
     compiled = torch.compile(relevance, fullgraph=fullgraph, backend=backend)(params, x)
-    _close(compiled, relevance(params, x), tolerance, "the compiled and the uncompiled relevance")
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Pytrees of numbers
-
-
-def _split(params: Any) -> tuple[Any, Any]:
-    """A dictionary of parameters without, and of nothing but, the running statistics among them."""
-    if not isinstance(params, dict):
-        return params, {}
-    statistics = {name: value for name, value in params.items() if "running_" in str(name)}
-    return {name: value for name, value in params.items() if name not in statistics}, statistics
-
-
-def _joined(trained: Any, statistics: Any) -> Any:
-    return {**trained, **statistics} if statistics else trained
-
-
-def _probe(output: Tensor) -> Tensor:
-    """Numbers of either sign, shaped like the output."""
-    return torch.linspace(-1, 1.5, output.numel(), dtype=output.dtype).reshape(output.shape)
-
-
-def _scaled(tree: Any, factors: Sequence[float]) -> Any:
-    return pytree.tree_map(lambda leaf: torch.stack([factor * leaf for factor in factors]), tree)
-
-
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max()) if ours.numel() else 0.0
-
-
-def _close(ours: Any, theirs: Any, tolerance: float, what: str, scales: Any = ()) -> None:
-    pairs = list(zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True))
-    magnitudes = [
-        leaf.abs().max() for leaf in (*pytree.tree_leaves(theirs), *pytree.tree_leaves(scales)) if leaf.numel()
-    ]
-    scale = max([float(m.detach()) for m in magnitudes], default=0.0)
-    worst = torch.tensor([_difference(a.detach(), b.detach()) for a, b in pairs]).max() if pairs else torch.tensor(0)
-    if not worst <= tolerance * max(scale, CANCELLED):  # NaN is no agreement
-        raise AssertionError(f"{what} differ by {float(worst):.3g}, and the largest number is {scale:.3g}")
+    close(compiled, relevance(params, x), tolerance, ("the compiled relevance", "the uncompiled one"))

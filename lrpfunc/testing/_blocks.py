@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrpfunc.testing._code import Pasteable
+from lrpfunc.testing._code import Pasteable, among
 from lrpfunc.testing._net import Scope
 
 
@@ -105,6 +105,9 @@ class Pointwise(Pasteable):
 
     name: str = "relu"
 
+    def __post_init__(self) -> None:
+        among([self.name], _POINTWISE, "Pointwise(name=)")
+
     def __call__(self, p: Scope, x: Tensor) -> Tensor:
         return _POINTWISE[self.name](x)
 
@@ -142,6 +145,9 @@ class Normalize(Pasteable):
     """A normalization, native, as a module or written out; a softmax is one too."""
 
     name: str = "layer_norm"
+
+    def __post_init__(self) -> None:
+        among([self.name], NORMALIZATIONS, "Normalize(name=)")
 
     def __call__(self, p: Scope, x: Tensor) -> Tensor:
         last, channels = x.shape[-1], x.shape[1]
@@ -222,6 +228,9 @@ class Rearrange(Pasteable):
     """Moves, repeats or leaves out values, or adds them up."""
 
     name: str = "transpose"
+
+    def __post_init__(self) -> None:
+        among([self.name], _REARRANGED, "Rearrange(name=)")
 
     def __call__(self, p: Scope, x: Tensor) -> Tensor:
         return _REARRANGED[self.name](x)

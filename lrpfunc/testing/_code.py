@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import re
+from collections.abc import Collection, Iterable
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from torch._tensor_str import printoptions
 
 import lrpfunc as lrp
+from lrpfunc._target import Contrast, OneHot
 from lrpfunc.composites import Composite, Entry, as_composite
 
 
+def among(names: Iterable[str], allowed: Collection[str], what: str) -> tuple[str, ...]:
+    """Names out of those that are allowed, checked; `what` they are given as."""
+    if isinstance(names, str):
+        raise TypeError(f"{what} is a list of names, not the string {names!r}: write {what}=[{names!r}]")
+    names = tuple(names)
+    if unknown := [name for name in names if name not in allowed]:
+        raise ValueError(f"{what} has no {unknown[0]!r}: there are {', '.join(map(repr, allowed))}")
+    return names
+
+
 class Pasteable:
-    """A frozen dataclass that prints as the call that makes it: fields that have their default are left out."""
+    """A frozen dataclass that prints as the call that makes it: fields that have their default are left out.
+
+    What is annotated as a `Literal` is one of those names, and a tuple is a tuple.
+    """
+
+    def __post_init__(self) -> None:
+        for name, allowed in _literals(type(self)).items():
+            among([getattr(self, name)], allowed, f"{type(self).__name__}({name}=)")
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.type.startswith("tuple[") and not isinstance(value, tuple):
+                made = repr(tuple(value)) if isinstance(value, list) else f"({value!r},)"
+                raise TypeError(f"{type(self).__name__}({field.name}=) is a tuple, not {value!r}: write {made}")
 
     def __repr__(self) -> str:
         given = [f"{field.name}={getattr(self, field.name)!r}" for field in self._changed()]
@@ -21,8 +49,45 @@ class Pasteable:
         return [field for field in fields if getattr(self, field.name) != field.default]
 
 
-HEADER = "from lrpfunc import *\nfrom lrpfunc.testing import *"
-"""With these imports everything that is drawn can be pasted."""
+@cache
+def _literals(cls: type) -> dict[str, tuple[str, ...]]:
+    """The fields that are one of some names, and those names."""
+    hints = get_type_hints(cls)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def pasted(body: str) -> str:
+    """Code below the imports that it needs."""
+    header = ["from lrpfunc import *", "from lrpfunc.testing import *"]
+    if re.search(r"\btorch\.", body):
+        header.append("import torch")
+    if re.search(r"\btensor\(", body):
+        header.append("from torch import tensor")
+    return "\n".join(header) + f"\n\n{body}"
+
+
+def assigned(name: str, value: object) -> str:
+    """A line that makes a value; a comment, if it does not print as code."""
+    with printoptions(precision=17):
+        text = repr(value)
+    return f"{name} = {text}" if prints_as_code(value) else f"# {name} is the one that was passed, {text}"
+
+
+def argument(value: object) -> str:
+    """A target or another argument as code."""
+    with printoptions(precision=17):
+        match value:
+            case OneHot():
+                return f"one_hot({value.index!r}, {value.value!r})"
+            case Contrast():
+                return f"contrast({value.plus!r}, {value.minus!r})"
+            case _:
+                return repr(value)
+
+
+def prints_as_code(value: object) -> bool:
+    return "<" not in repr(value)
+
 
 KNOWN: dict[str, Composite] = {
     "attn_lrp()": lrp.attn_lrp(),
@@ -34,6 +99,11 @@ KNOWN: dict[str, Composite] = {
 
 def code(rules: lrp.Composite | list[Entry] | None) -> str:
     """A composite as code that makes it, with known recipes by their names."""
+    with printoptions(precision=17):
+        return _code(rules)
+
+
+def _code(rules: lrp.Composite | list[Entry] | None) -> str:
     if rules is None:
         return "None"
     composite = as_composite(rules)

@@ -15,6 +15,7 @@ from torch.func import grad, jvp
 
 import lrpfunc as lrp
 from lrpfunc.testing._hyperparameters import hyperparameters
+from lrpfunc.testing._numbers import PropertyError, require_float64
 
 STEPS = (1e-3, 1e-4, 1e-5)
 FINER = (1e-6, 1e-7, 1e-8, 1e-9)
@@ -87,6 +88,7 @@ def assert_exact_derivatives(
         Whether there was anything to compare with: `False` at a kink.
 
     Raises:
+        ValueError: If parameters or input are floating-point tensors of another dtype.
         AssertionError: If they differ, with the leaves for which they do, and the direction of each.
 
     Example:
@@ -95,6 +97,7 @@ def assert_exact_derivatives(
         >>> assert_exact_derivatives(*Net((Linear(2),)).case(), lrp.epsilon(0.1), target=0)
         True
     """
+    require_float64(params, x)
     held, rebuild = hyperparameters(rules)
 
     def scalar(at: dict[str, Any]) -> Tensor:
@@ -218,7 +221,7 @@ def _blamed(along: Along, terms: list[Tensor]) -> Iterator[str]:
             yield f"{part.name}, along [{shown}]: {ours:.9g}, finite differences {estimate.value:.9g}"
 
 
-class InexactError(AssertionError):
+class InexactError(PropertyError):
     """A derivative is wrong; for which leaves is found out when it is printed, since that takes long."""
 
     def __init__(self, derivative: str, estimate: Estimate, blamed: Callable[[], Iterator[str]]):

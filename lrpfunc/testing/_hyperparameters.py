@@ -58,12 +58,13 @@ def with_tensors(rules: T) -> T:
 def _mapped(value: Any, change: Callable[[Any], Any], tensorial: bool = False) -> Any:
     """`value` with the numbers and tensors in it changed; `tensorial`, only those that may be tensors."""
     if isinstance(value, (tuple, list)):
-        return tuple(_mapped(item, change, tensorial) for item in value)
+        items = [_mapped(item, change, tensorial) for item in value]
+        same = all(item is old for item, old in zip(items, value, strict=True))
+        return value if same else type(value)(items)
     if not (isinstance(value, (Composite, Rule, Stabilizer)) and dataclasses.is_dataclass(value)):
         return change(value)
     everything = not tensorial or isinstance(value, Composite)
-    fields = [f for f in dataclasses.fields(value) if everything or "Tensor" in str(f.type)]
-    changed = {f.name: _mapped(getattr(value, f.name), change, tensorial) for f in fields}
-    if all(changed[name] is getattr(value, name) for name in changed):
-        return value
-    return dataclasses.replace(value, **changed)
+    fields = [f for f in dataclasses.fields(value) if f.init and (everything or "Tensor" in str(f.type))]
+    mapped = {f.name: _mapped(getattr(value, f.name), change, tensorial) for f in fields}
+    changed = {name: new for name, new in mapped.items() if new is not getattr(value, name)}
+    return dataclasses.replace(value, **changed) if changed else value

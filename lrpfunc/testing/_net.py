@@ -98,6 +98,11 @@ class Input(Pasteable):
     values: Values = "normal"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.shape:
+            raise ValueError("Input(shape=()) has no batch, which is the first dimension: write, for example, (1, 3)")
+
     def __call__(self) -> Tensor:
         x = _generated(self.shape, self.seed)
         transforms = {"normal": x, "nonnegative": x.abs(), "sparse": x.relu(), "zero": torch.zeros_like(x)}
@@ -138,6 +143,7 @@ class Net(Pasteable):
     values: Values = "normal"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _initial(self)  # fails where the net is made, and makes its modules
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, final, get_args
 
 import torch
 from hypothesis import reject
@@ -25,7 +25,7 @@ from lrpfunc.testing._blocks import (
     Pool,
     Rearrange,
 )
-from lrpfunc.testing._code import Pasteable
+from lrpfunc.testing._code import Pasteable, among
 from lrpfunc.testing._net import Block, Input, Net, Values
 from lrpfunc.testing._paths import Branch, Gated, Loop, Residual, Reuse, SelfAttention, Tied
 
@@ -84,34 +84,6 @@ FAMILIES: tuple[str, ...] = (*_PLAIN, *_NESTED)
 """What `models` can be made of."""
 
 
-def _probe(*blocks: Block, shape: tuple[int, ...] = (1, 2, 3)) -> Net:
-    return Net(blocks, shape)
-
-
-PROBES: dict[str, Net] = {
-    "dense": _probe(Linear(2), shape=(1, 2)),
-    "convolution": _probe(Conv(2)),
-    "activation": _probe(Pointwise("relu"), Pointwise("gelu")),
-    "normalization": _probe(*map(Normalize, NORMALIZATIONS)),
-    "pooling": _probe(Pool("avg"), Pool("sum")),
-    "gate": _probe(*map(Gated, ("glu", "squeeze"))),
-    "attention": _probe(SelfAttention(), SelfAttention(spelling="fused")),
-    "recurrence": _probe(Loop("lstm")),
-}
-"""A net for each of the plain families that rules are for."""
-
-SMALLEST: tuple[Net, ...] = (
-    *(Net((block,), (1, 1)) for block in (Linear(bias=False), Linear(), Linear(2))),
-    Net((Linear(2, bias=False),), (1, 2), values="zero"),
-    *(Net((block,), (1, 2)) for block in (Pointwise(), Pointwise("tanh"), Normalize(), Normalize("softmax"))),
-    Net((Linear(), Pointwise(), Linear()), (1, 1)),
-    *(Net((Linear(bias=False), Pointwise(), Linear(bias=False)), (1, 1), seed) for seed in (0, 1, 2)),
-    Net((Linear(), Pointwise("tanh"), Linear()), (1, 1)),
-    Net((Conv(),), (1, 2, 3)),
-)
-"""What a search for the smallest net that fails looks at first."""
-
-
 def _blocks(families: Sequence[str], max_blocks: int) -> st.SearchStrategy[tuple[Block, ...]]:
     """Sequences of blocks of some families, nested once."""
     plain = st.one_of([_PLAIN[name] for name in families if name in _PLAIN])
@@ -125,7 +97,11 @@ _SHAPES = {
     2: st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(2, 4)),
     3: st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(3, 5), st.integers(2, 4)),
 }
-_VALUES: st.SearchStrategy[Values] = st.sampled_from(["normal", "nonnegative", "sparse", "zero"])
+_VALUES: st.SearchStrategy[Values] = st.sampled_from(get_args(Values))
+
+
+def _values(values: Values | st.SearchStrategy[Values]) -> st.SearchStrategy[Values]:
+    return st.just(among([values], get_args(Values), "values")[0]) if isinstance(values, str) else values  # pyright: ignore[reportReturnType]
 
 
 def models(
@@ -133,7 +109,7 @@ def models(
     *,
     max_blocks: int = 3,
     dimensions: Sequence[int] = (1, 2, 3),
-    values: st.SearchStrategy[Values] = _VALUES,
+    values: Values | st.SearchStrategy[Values] = _VALUES,
     including: Sequence[str] = (),
 ) -> st.SearchStrategy[Net]:
     """Small networks, in float64, with everything that is needed to call them.
@@ -144,11 +120,15 @@ def models(
         families: What they are made of, of `FAMILIES`: one of the plain families at least.
         max_blocks: How many blocks there are, those inside others and a last dense layer not counted.
         dimensions: Of a sample: 1 for features, 2 for sequences and signals, 3 for images.
-        values: Of the input, as for `Input`.
+        values: Of the input, as for `Input`: a strategy, or one of the names.
         including: Plain families, of one of which there is a block for certain.
 
     Returns:
         A strategy. The output of a net has the shape `(batch, outputs)`.
+
+    Raises:
+        ValueError: If there are no such families, dimensions or values, or no blocks.
+        TypeError: If something is given that should be a list.
 
     Example:
         >>> from hypothesis import find, settings
@@ -156,15 +136,23 @@ def models(
         >>> find(models(["dense", "activation"]), lambda net: net.outputs() > 1, settings=settings(database=None))
         Net(blocks=(Linear(out=2, bias=False),), shape=(1, 1))
     """
+    if not set(_PLAIN) & set(among(families, FAMILIES, "families")):
+        raise ValueError(f"families={list(families)} has no plain one: add one of {', '.join(map(repr, _PLAIN))}")
+    if isinstance(dimensions, int) or not dimensions or not {*dimensions} <= {*_SHAPES}:
+        raise ValueError(f"dimensions={dimensions!r} should be a list of some of 1, 2 and 3, for example [1, 2]")
+    if max_blocks < 1:
+        raise ValueError(f"max_blocks={max_blocks} leaves a net without blocks: give 1 or more")
     head = st.none() | st.builds(Linear, st.integers(1, 3))
     body = _blocks(families, max_blocks)
     if including:
-        certain = st.one_of([_PLAIN[name] for name in including]).map(lambda block: (block,))
-        rest = st.just(()) | _blocks(families, max_blocks - 1)
+        certain = st.one_of([_PLAIN[name] for name in among(including, _PLAIN, "including")]).map(
+            lambda block: (block,)
+        )
+        rest = st.just(()) | _blocks(families, max_blocks - 1) if max_blocks > 1 else st.just(())
         body = st.tuples(certain, rest, st.booleans()).map(lambda d: d[1] + d[0] if d[2] else d[0] + d[1])
     layers = st.tuples(body, head).map(lambda drawn: drawn[0] if drawn[1] is None else (*drawn[0], drawn[1]))
     shapes = st.one_of([_SHAPES[n] for n in dimensions])
-    return st.builds(_net, layers, shapes, st.integers(0, 1000), values)
+    return st.builds(_net, layers, shapes, st.integers(0, 1000), _values(values))
 
 
 def _net(*fields: Any) -> Net:
@@ -177,12 +165,16 @@ def _net(*fields: Any) -> Net:
     return net
 
 
-def inputs(shape: tuple[int, ...], values: st.SearchStrategy[Values] = _VALUES) -> st.SearchStrategy[Input]:
+def inputs(shape: tuple[int, ...], values: Values | st.SearchStrategy[Values] = _VALUES) -> st.SearchStrategy[Input]:
     """Inputs of a shape, by their seeds; call one for the tensor.
 
     Args:
         shape: The batch first.
-        values: As for `Input`.
+        values: As for `Input`: a strategy, or one of the names.
+
+    Raises:
+        ValueError: If the shape has no batch.
+        TypeError: If it is no tuple.
 
     Example:
         >>> from hypothesis import find, settings
@@ -190,7 +182,7 @@ def inputs(shape: tuple[int, ...], values: st.SearchStrategy[Values] = _VALUES) 
         >>> find(inputs((1, 2)), lambda drawn: True, settings=settings(database=None))
         Input(shape=(1, 2))
     """
-    return st.builds(Input, st.just(shape), values, st.integers(0, 1000))
+    return st.builds(Input, st.just(Input(shape).shape), _values(values), st.integers(0, 1000))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -246,6 +238,10 @@ def rules(families: Sequence[str] = tuple(RULES)) -> st.SearchStrategy[lrp.Rule]
         families: Of layers that they serve: `"linear"`, `"sum"`, `"activation"`, `"softmax"`, `"product"`, `"gate"`,
             `"normalization"`.
 
+    Raises:
+        ValueError: If there are no such families, or none.
+        TypeError: If a string is given instead of a list.
+
     Example:
         >>> from hypothesis import find, settings
         >>> import lrpfunc as lrp
@@ -253,7 +249,9 @@ def rules(families: Sequence[str] = tuple(RULES)) -> st.SearchStrategy[lrp.Rule]
         >>> find(rules(["product"]), lambda rule: rule != lrp.Uniform(), settings=settings(database=None))
         Gradient(of='multiplier')
     """
-    return st.one_of([RULES[name] for name in families])
+    if not (names := among(families, RULES, "families")):
+        raise ValueError(f"families=[] leaves no rules: give some of {', '.join(map(repr, RULES))}")
+    return st.one_of([RULES[name] for name in names])
 
 
 _RECIPES: list[lrp.Composite] = [
@@ -332,12 +330,17 @@ def targets(outputs: int) -> st.SearchStrategy[Any]:
     Returns:
         A strategy of integers, `None`, `lrpfunc.contrast`, `lrpfunc.one_hot`, integer tensors and `Start`.
 
+    Raises:
+        ValueError: If there are no outputs.
+
     Example:
         >>> from hypothesis import find, settings
         >>> from lrpfunc.testing import targets
         >>> find(targets(3), lambda target: isinstance(target, int), settings=settings(database=None))
         0
     """
+    if outputs < 1:
+        raise ValueError(f"targets({outputs}) is for an output without places where relevance could start")
     index = st.integers(0, outputs - 1)
     return st.one_of(
         index,
