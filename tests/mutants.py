@@ -170,7 +170,8 @@ class Unless(lrp.Rule):
 
 
 def strided(layer: lrp.BoundLayer, message: Message) -> bool:
-    return "conv" in layer.layer.operation and 2 in layer.layer.nodes[-1].args[3]  # type: ignore[operator]
+    strides = layer.layer.nodes[-1].args[3:4]
+    return "conv" in layer.layer.operation and any(2 in stride for stride in strides)  # type: ignore[operator]
 
 
 def transposed(layer: lrp.BoundLayer, message: Message) -> bool:

@@ -58,6 +58,7 @@ def test_check_rule_finds_a_broken_rule(fault: str) -> None:
     assert "net = Net(" in report
     net, *_ = re.findall(r"net = Net\(.*", report)
     assert net.count("Linear(") + net.count("Conv(") <= 3, report  # what it found is small
+    assert ("strided" in fault) == ("stride=2" in net), report
 
 
 DENSE = lrp.Dense | lrp.Convolution
