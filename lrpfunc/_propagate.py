@@ -48,7 +48,7 @@ def assign(graph: Graph, composite: Composite) -> dict[Layer, Rule]:
         )
     if uncovered:
         raise _uncovered(uncovered)
-    if custom := Environment(*dict.fromkeys(rules.values()), transformed=True).custom:
+    if custom := Environment(*rules.values(), transformed=True).custom:
         raise opaque(custom[0].__name__)
     softmaxes = [layer for layer in rules if layer.kind not in STRUCTURAL]
     if {layer.kind for layer in softmaxes} == {Kind.SOFTMAX} and needed.isdisjoint({*graph.starts, *graph.sources}):
