@@ -11,6 +11,7 @@ from torch.fx.graph import _BoxedCodeGen
 
 from lrpfunc._joint import Joint
 from lrpfunc._operations import aten, is_random
+from lrpfunc._passes import reuse_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,40 +21,39 @@ class Programs:
     Attributes:
         prepare: From the bound inputs to what the forward pass makes of them alone.
         forward: From that and the other inputs to the outputs and what the walk needs.
-        walk: From that and the start to relevance.
+        walk: From that and the start to relevance, with every derivative.
+        frugal: The same without derivatives. It writes into tensors that are no longer needed.
     """
 
     prepare: Callable[[list[Tensor]], tuple[Tensor, ...]]
     forward: Callable[[list[Tensor]], tuple[Tensor, ...]]
     walk: Callable[[list[Tensor]], tuple[Tensor, ...]]
+    frugal: Callable[[list[Tensor]], tuple[Tensor, ...]]
 
 
-def cut(joint: Joint, bound: int, reuse: bool) -> Programs:
+def cut(joint: Joint, bound: int, *, reuse: bool, exact: bool) -> Programs:
     """Cuts the graph where the inputs that are not bound begin, and where relevance starts.
 
     Args:
         joint: The graph.
         bound: How many of the inputs, from the first, are bound.
         reuse: Whether the forward pass also computes what does not depend on the start.
+        exact: Whether the walk may be differentiated.
     """
     steps = [node for node in joint.graph.nodes if node.op in ("call_function", "get_attr")]
-    first = bound_alone(joint, bound)
+    first = _behind(joint, joint.inputs[:bound], lambda node: not is_random(node)) if bound else set()
     steps += _clones(joint, first)
     early = _behind(joint, first | joint.early, _keeps(reuse))
     late = [node for node in steps if node not in early]
     saved = _read(late, joint.relevance, early)
     middle = [node for node in steps if node in early and node not in first]
     prepared = _read(middle, [*joint.outputs, *saved], first)
-    return Programs(
-        _program(joint, joint.inputs[:bound], [node for node in steps if node in first], prepared),
-        _program(joint, [*prepared, *joint.inputs[bound:]], middle, [*joint.outputs, *saved]),
-        _program(joint, [*saved, *joint.start], late, joint.relevance),
-    )
-
-
-def bound_alone(joint: Joint, bound: int) -> set[fx.Node]:
-    """What is made of the bound inputs alone, and kept from call to call."""
-    return _behind(joint, joint.inputs[:bound], lambda node: not is_random(node)) if bound else set()
+    prepare = _program(joint, joint.inputs[:bound], [node for node in steps if node in first], prepared)
+    forward = _program(joint, [*prepared, *joint.inputs[bound:]], middle, [*joint.outputs, *saved])
+    walk = _program(joint, [*saved, *joint.start], late, joint.relevance) if exact else None
+    reuse_memory(joint, first)
+    frugal = _program(joint, [*saved, *joint.start], late, joint.relevance)
+    return Programs(prepare, forward, walk or frugal, frugal)
 
 
 def _clones(joint: Joint, kept: set[fx.Node]) -> list[fx.Node]:

@@ -6,21 +6,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from lrpfunc._call import Call
 from lrpfunc._capture import is_capturing, isolated, retrace
-from lrpfunc._cut import Programs, bound_alone, cut, recompute
+from lrpfunc._cut import Programs, cut, recompute
 from lrpfunc._environment import Environment
 from lrpfunc._forward import Forward, relevance, walk
 from lrpfunc._joint import Joint, join
 from lrpfunc._layer import BoundLayer, Layer
 from lrpfunc._message import Message
 from lrpfunc._operations import EXACT, IN_WALK, scaled_dot_product_attention
-from lrpfunc._passes import reuse_memory, simplify
+from lrpfunc._passes import simplify
 from lrpfunc._propagate import assign
-from lrpfunc._torch import constant, is_differentiated, vjp
+from lrpfunc._torch import constant, is_differentiated, mapped_over, vjp
 
 
 class Bound:
@@ -73,9 +74,7 @@ def lowered(
         joint, stable = _joint(call, form, exact)
         if segments > 1:
             recompute(joint, segments)
-        if not exact:
-            reuse_memory(joint, bound_alone(joint, count))
-        programs = cut(joint, count, reuse)
+        programs = cut(joint, count, reuse=reuse, exact=exact)
         if stable:
             call.graph.lowered.put(key, programs)
     prepared = [] if bound is None else bound.prepared(programs, call.arguments[:count])
@@ -87,12 +86,21 @@ def lowered(
     def pull(start: Sequence[Message]) -> list[Tensor]:
         if not exact and any(is_differentiated(message.value) for message in start):
             return lowered(call, form, bound=bound, segments=segments, exact=True).pull(start)
-        needed = [*saved, *(message.value for message in start)]
+        values = [message.value for message in start]
+        program = programs.frugal if _may_write(saved, values) else programs.walk
+        needed = [*saved, *values]
         if not reuse:
             saved.clear()  # so that the walk can free each tensor that it is past
-        return list(programs.walk(needed))
+        return list(program(needed))
 
     return Forward(outputs, aux, pull)
+
+
+def _may_write(saved: Sequence[Any], start: Sequence[Tensor]) -> bool:
+    """Whether the walk may write into its tensors: nobody takes derivatives, and all or none of it is mapped over."""
+    if torch.compiler.is_compiling() or len(levels := set(map(mapped_over, start))) > 1:
+        return False
+    return None not in levels and all(mapped_over(t) == frozenset() for t in saved if isinstance(t, Tensor))
 
 
 def _joint(call: Call, form: type[Message], exact: bool) -> tuple[Joint, bool]:

@@ -179,20 +179,25 @@ _MAKES_NO_VIEW = _OF_ITS_OWN | {
 def reuse_memory(joint: Joint, kept: set[fx.Node]) -> None:
     """Lets arithmetic of the walk write into an operand that nothing else needs, if no derivative is taken.
 
-    Large tensors are slow to allocate. What is written to is never an input, nor a value of the forward pass.
+    Large tensors are slow to allocate. What is written to is never an input, nor a value of the forward pass; nor is
+    it written to by what depends on the start if it does not itself, since the start may be mapped over.
 
     Args:
         joint: The graph.
         kept: What is kept from call to call, and must not be written to.
     """
     order = {node: index for index, node in enumerate(joint.graph.nodes)}
+    started = set(joint.start)
     for node in joint.graph.nodes:
+        if not started.isdisjoint(node.all_input_nodes):
+            started.add(node)
         if node in joint.early or node.target not in _IN_PLACE:
             continue
         operands = node.args if node.target in _COMMUTES and not node.kwargs else node.args[:1]
-        written = next(
-            (x for x in operands if isinstance(x, fx.Node) and x not in kept and _is_free(x, node, joint, order)), None
+        free = (
+            x for x in operands if isinstance(x, fx.Node) and x not in kept and (x in started or node not in started)
         )
+        written = next((x for x in free if _is_free(x, node, joint, order)), None)
         if written is not None:
             others = [x for x in node.args if x is not written]
             node.args = (written, *others)

@@ -54,6 +54,18 @@ def beyond_first_derivative(tensor: Tensor) -> bool:
     return levels + tensor.requires_grad > 1
 
 
+def mapped_over(tensor: Tensor) -> frozenset[int] | None:
+    """The levels of `vmap` that a tensor is mapped over; `None` if somebody may take derivatives of it."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    levels: set[int] = set()
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if not functorch.is_batchedtensor(tensor):
+            return None
+        levels.add(functorch.maybe_get_level(tensor))
+        tensor = functorch.get_unwrapped(tensor)
+    return None if is_differentiated(tensor) else frozenset(levels)
+
+
 def _has_tangent(tensor: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 

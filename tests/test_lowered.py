@@ -134,6 +134,33 @@ def test_one_target_or_many_need_one_forward_pass() -> None:
     assert counts["convolution"] == 5 + 4 + 1
 
 
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_a_pullback_may_be_mapped_and_differentiated_in_any_order(name: str) -> None:
+    """Mapped over, it writes into tensors of its own; what the forward pass saved stays as it is."""
+    case = MODELS["residual"]()
+    output, pullback = lrp.vjp(case.model_fn, COMPOSITES[name], case.params, case.x)
+    starts = torch.stack([output * k for k in (1, -2, 3)])
+    looped = torch.stack([pullback(start) for start in starts])
+    for _ in range(2):
+        assert largest_difference(torch.vmap(pullback)(starts), looped) < 1e-12
+        slopes = torch.func.jacrev(lambda start: pullback(start).square().sum())(output)
+        mapped = torch.vmap(torch.func.grad(lambda start: pullback(start).square().sum()))(output[None])[0]
+        assert largest_difference(mapped, slopes) < 1e-12
+    x = case.x.clone().requires_grad_()
+    relevance = torch.vmap(lambda t: lrp.attribute(case.model_fn, COMPOSITES[name])(case.params, x, target=t))
+    (mapped,) = torch.autograd.grad(relevance(torch.arange(3)).square().sum(), x)
+    one = lrp.attribute(case.model_fn, COMPOSITES[name])
+    (expected,) = torch.autograd.grad(sum(one(case.params, x, target=t).square().sum() for t in range(3)), x)  # type: ignore[arg-type]
+    assert largest_difference(mapped, expected) < 1e-12
+
+
+def test_walks_over_targets_reuse_memory() -> None:
+    _, model_fn, params, x = stack()
+    relevance_fn = lrp.attribute(model_fn, lrp.epsilon_plus())
+    counts = counted(lambda: torch.vmap(lambda t: relevance_fn(params, x, target=t))(torch.arange(3)))
+    assert counts["div_"] > counts["div"]
+
+
 def test_memory_is_freed_as_the_walk_goes() -> None:
     model = Stack(12).eval().requires_grad_(False)
     model_fn, params = lrp.from_module(model)

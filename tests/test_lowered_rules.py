@@ -212,6 +212,13 @@ def test_the_walk_writes_to_nothing_that_is_bound() -> None:
     assert all(torch.equal(bound(x, target=1), expected) for _ in range(2))
 
 
+def test_what_is_mapped_over_is_not_written_to_what_is_not() -> None:
+    params, x = {"w": normal(2, 3)}, normal(1, 3)
+    relevance_fn = lrp.attribute(lambda p, x: F.linear(x, p["w"]), [(lrp.Dense, Written(by_weight))])
+    every = torch.vmap(lambda t: relevance_fn(params, x, target=t))(torch.arange(2))
+    assert all(torch.equal(every[t], relevance_fn(params, x, target=t)) for t in range(2))
+
+
 class Severed(torch.autograd.Function):
     """The identity, with a backward of its own, as it was written before torch.func."""
 

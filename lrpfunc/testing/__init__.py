@@ -7,9 +7,8 @@ A rule is right when its properties hold on models nobody thought of. One line p
 draws small networks at random and asserts of each that derivatives of relevance are exact, that every layer's relevance
 is accounted for, that `vmap` equals a loop, that samples keep to themselves, that a call changes nothing, that
 relevance is linear in what it starts from, that the gradient and the value are the model's own, and that all of it
-compiles. Whatever fails is reported with
-the smallest network that shows it, as code to paste. CONTRIBUTING.md walks through writing a rule, breaking it in four
-ways and reading what this says.
+compiles. Whatever fails is reported with the smallest network that shows it, as code to paste. CONTRIBUTING.md walks
+through writing a rule, breaking it in four ways and reading what this says.
 
 The assertions take any `model_fn`, `params`, `x` and rules in float64, not only what is drawn here; the strategies are
 ordinary ones, to be used in tests of one's own:
