@@ -194,10 +194,10 @@ def reuse_memory(joint: Joint, kept: set[fx.Node]) -> None:
         if node in joint.early or node.target not in _IN_PLACE:
             continue
         operands = node.args if node.target in _COMMUTES and not node.kwargs else node.args[:1]
-        free = (
-            x for x in operands if isinstance(x, fx.Node) and x not in kept and (x in started or node not in started)
-        )
-        written = next((x for x in free if _is_free(x, node, joint, order)), None)
+        nodes = [x for x in operands if isinstance(x, fx.Node) and x not in kept]
+        if node in started:
+            nodes = [x for x in nodes if x in started]
+        written = next((x for x in nodes if _is_free(x, node, joint, order)), None)
         if written is not None:
             others = [x for x in node.args if x is not written]
             node.args = (written, *others)
