@@ -57,6 +57,7 @@ def join(
     graph, forward = joint.graph, joint.forward
     for node in (*program.inputs, *(node for node, _ in program.closed)):
         forward[node] = graph.placeholder(node.name)
+        forward[node].meta = dict(node.meta)
         joint.inputs.append(forward[node])
     for node in program.graph.nodes:
         if node.op == "call_function":

@@ -136,6 +136,8 @@ def _simpler(node: fx.Node, facts: _Facts) -> fx.Node | None:
             return x
         case aten.detach.default, (fx.Node() as x,):
             return None if facts.exact else x
+        case operator.getitem, (fx.Node(target=aten.convolution_backward.default) as backward, 0):
+            return _transposed(backward, node)
         case aten.mul.Tensor, (fx.Node() as x, fx.Node() as masked):
             for z, m in ((x, masked), (masked, x)):
                 if m.target is not aten.threshold_backward.default or m.args[2] != 0:
@@ -146,6 +148,23 @@ def _simpler(node: fx.Node, facts: _Facts) -> fx.Node | None:
                     folded.meta = dict(node.meta)
                     return folded
     return None
+
+
+def _transposed(backward: fx.Node, result: fx.Node) -> fx.Node | None:
+    """The VJP of a convolution as the transposed convolution that it is: `vmap` need not make up an input for it."""
+    grad, x, weight, _, stride, padding, dilation, transposed, _, groups, wanted = backward.args
+    if wanted != [True, False, False] or any(n.meta.get("val") is None for n in (grad, x, weight)):  # type: ignore[union-attr]
+        return None
+    sizes, kernel, given = (n.meta["val"].shape[2:] for n in (x, weight, grad))  # type: ignore[union-attr]
+    over = zip(sizes, kernel, given, stride, padding, dilation, strict=False)  # type: ignore[arg-type]
+    extra = [size - ((g - 1) * s - 2 * p + d * (k - 1) + 1) for size, k, g, s, p, d in over]
+    if len(extra) != len(sizes):
+        return None
+    left = [0] * len(extra) if transposed else extra
+    args = (grad, weight, None, stride, padding, dilation, not transposed, left, groups)
+    node = result.graph.call_function(aten.convolution.default, args)
+    node.meta = dict(result.meta)
+    return node
 
 
 def _is(node: Any, target: Any, *args: Any) -> bool:
