@@ -2,7 +2,7 @@
 
 Prints, for VGG and ResNet, each composite's floating-point operations of convolutions and matrix products, wall time
 and peak memory, as multiples of a plain gradient's with respect to the input, beside Zennit's. Run as
-`python -m benchmarks.convolutions [model ...] [--batch N] [--size N] [--repetitions N]`.
+`python -m benchmarks.convolutions [model ...] [--batch N] [--size N] [--repetitions N] [--alone]`.
 """
 
 from __future__ import annotations
@@ -86,9 +86,10 @@ def compare(name: str, args: argparse.Namespace) -> None:
         fns: Functions = {
             "gradient": plain,
             "lrpfunc": lambda fn=relevance_fn: fn(params, x, target=TARGET),
-            "zennit": zennit(model, composite, x),
         }
-        if composite == "epsilon" and (other := captum(model, x)):
+        if not args.alone:
+            fns["zennit"] = zennit(model, composite, x)
+        if not args.alone and composite == "epsilon" and (other := captum(model, x)):
             fns["captum"] = other
         taken = seconds(fns, args.repetitions)
         print(f"  {composite}")
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--alone", action="store_true", help="leave the other libraries out")
     args = parser.parse_args()
     for name in args.models:
         compare(name, args)
