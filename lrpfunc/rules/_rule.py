@@ -201,7 +201,7 @@ def kept(layer: BoundLayer, zero_params: ZeroParams) -> tuple[Tensor, Tensor | N
 
 # At 0 the derivative of the one is 1 and that of the other 0: those of their sum, the tensor itself, must add up to 1.
 def positive(tensor: Tensor) -> Tensor:
-    return tensor.clamp_min(0)
+    return where_positive(tensor.detach().sign() + 0.5, tensor)
 
 
 def negative(tensor: Tensor) -> Tensor:
