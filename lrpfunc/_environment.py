@@ -412,4 +412,4 @@ def describe_tensor(tensor: Tensor) -> tuple[Hashable, ...]:
         raise InputError(
             f"an argument has a tensor of layout {tensor.layout}, which cannot be traced: pass tensor.to_dense()"
         )
-    return (tuple(map(int, tensor.shape)), tensor.stride(), tensor.dtype, tensor.device)
+    return (tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), tensor.dtype, tensor.device)

@@ -130,8 +130,8 @@ def _simpler(node: fx.Node, facts: _Facts) -> fx.Node | None:
     match node.target, node.args:
         case aten.where.self, (condition, _, fx.Node() as kept):
             return kept if kept in facts.finite and _is(condition, aten.isinf.default, kept) else None
-        case ((aten.clamp_min.default | aten.clamp.default), (fx.Node() as kept, 0)):
-            return kept if kept in facts.nonnegative else None
+        case aten.threshold_backward.default, (fx.Node() as kept, decides, 0):  # the positive part
+            return kept if kept in facts.nonnegative and _is_sign(decides, kept) else None
         case aten.mul.Tensor, (fx.Node() as x, 1):
             return x
         case aten.detach.default, (fx.Node() as x,):
@@ -148,6 +148,14 @@ def _simpler(node: fx.Node, facts: _Facts) -> fx.Node | None:
                     folded.meta = dict(node.meta)
                     return folded
     return None
+
+
+def _is_sign(node: Any, x: fx.Node) -> bool:
+    """Whether `node` is `x.detach().sign() + 0.5`, as in the positive part of `x`."""
+    match node:
+        case fx.Node(target=aten.add.Tensor, args=(fx.Node(target=aten.sign.default, args=(of,)), 0.5)):
+            return of is x or _is(of, aten.detach.default, x)
+    return False
 
 
 def _transposed(backward: fx.Node, result: fx.Node) -> fx.Node | None:

@@ -105,6 +105,16 @@ def test_convolutions_are_run_as_often_as_the_rule_needs(name: str) -> None:
     assert multiple == pytest.approx((forward + backward) / 10, abs=1e-3)
 
 
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_inputs_known_to_be_non_negative_have_no_positive_part_taken(differentiated: bool) -> None:
+    _, model_fn, params, x = stack()
+    params = {name: value.clone().requires_grad_(differentiated) for name, value in params.items()}
+    relevance_fn = lrp.attribute(model_fn, lrp.epsilon_plus())
+    relevance_fn(params, x, target=0)
+    counts = counted(lambda: relevance_fn(params, x, target=0))
+    assert counts["threshold_backward"] == 5 + 5 + 1  # of weights, biases and the first input
+
+
 def test_the_forward_pass_keeps_what_the_walk_needs() -> None:
     def model_fn(_: Any, x: Tensor) -> Tensor:
         x = F.layer_norm(F.max_pool1d(x, 2), (4,))
@@ -411,6 +421,18 @@ def test_compiles_again_for_another_batch_and_bound(reordering: Any) -> None:
         x = normal(batch, 1, 4, 4, seed=batch)
         assert largest_difference(compiled(params, x, target=1), fn(params, x, target=1)) < 1e-12
         assert largest_difference(bound(x, target=1), fn(params, x, target=1)) < 1e-12
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_for_images_of_many_sizes(dynamic: bool | None) -> None:
+    relevance_fn = lrp.attribute(lambda w, x: F.conv2d(x, w).relu().mean((2, 3)), lrp.epsilon_plus())
+    w = normal(4, 1, 3, 3)
+    torch.compiler.reset()
+    compiled = torch.compile(relevance_fn, fullgraph=True, dynamic=dynamic, backend="eager")
+    for seed, shape in enumerate([(2, 1, 4, 4), (2, 1, 5, 6), (3, 1, 6, 8), (3, 1, 9, 7)]):
+        x, target = normal(*shape, seed=seed), normal(shape[0], 4, seed=seed)
+        for t in (1, target):
+            assert largest_difference(compiled(w, x, target=t), relevance_fn(w, x, target=t)) < 1e-12
 
 
 LOAD = """
