@@ -1,6 +1,8 @@
 """Ten targets cost less than six times one, for they share the forward pass and the denominators.
 
-Prints, for `epsilon_plus`, the cost of ten targets as a multiple of one's, in operations and in time. Run as
+Prints, for `epsilon_plus`, the cost of ten targets as a multiple of one's, in operations and in time. All at once need
+tensors ten times as large, which the C library takes from the system and gives back each time, once they pass 32 MiB:
+with a small `chunk_size`, tensors stay small, and the forward pass is still run once. Run as
 `python -m benchmarks.targets [model] [--batch N]`.
 """
 
@@ -26,14 +28,16 @@ def main() -> None:
     x = torch.randn(args.batch, 3, 224, 224)
     relevance_fn = lrp.attribute(model_fn, lrp.epsilon_plus())
 
-    def by_vjp() -> None:
+    def by_vjp(chunk_size: int | None) -> None:
         output, pullback = lrp.vjp(model_fn, lrp.epsilon_plus(), params, x)
-        torch.vmap(pullback)(torch.eye(1000)[:10, None] * output)
+        torch.vmap(pullback, chunk_size=chunk_size)(torch.eye(1000)[:10, None] * output)
 
     fns: Functions = {
         "one target": lambda: relevance_fn(params, x, target=0),
         "ten by vmap over targets": lambda: torch.vmap(lambda t: relevance_fn(params, x, target=t))(torch.arange(10)),
-        "ten by vmap over a pullback": by_vjp,
+        "ten by vmap over a pullback": lambda: by_vjp(None),
+        "the same with chunk_size=2": lambda: by_vjp(2),
+        "the same with chunk_size=1": lambda: by_vjp(1),
     }
     taken = seconds(fns, 5)
     one = flops(fns["one target"])

@@ -28,7 +28,9 @@ class OneHot(Description):
 
     def start(self, output: Tensor) -> Message:
         mask = _indicator(output, self.index)
-        return Multiplier(mask) if self.value is None else Relevance(self.value * mask)
+        if self.value is None:
+            return Multiplier(mask)
+        return Relevance(mask * (_for_samples(self.value, output) if isinstance(self.value, Tensor) else self.value))
 
     def __call__(self, output: Tensor) -> Tensor:
         return self.start(output).relevance(output)
@@ -54,7 +56,7 @@ def one_hot(target: int | Tensor, value: float | Tensor | None = None) -> OneHot
 
     Args:
         target: The index on the last axis, as for `target=`.
-        value: What to start with; `None` is the logit.
+        value: What to start with: a number, or a tensor with one for each sample, of shape `(N,)`; `None` is the logit.
 
     Returns:
         A target. Called with an output of shape `(N, C)` or `(C,)` it gives the starting relevance, of that shape.
@@ -132,6 +134,11 @@ def relevances(value: Any, leaves: list[Any], spec: Any) -> list[Message]:
                 f"the starting relevance has shape {tuple(relevance.shape)}, the output {tuple(leaf.shape)}. Relevance "
                 "starts at each element of the output: write, for example, target=lambda out: relevance.expand_as(out)"
             )
+        if relevance.device != leaf.device:
+            raise TargetError(
+                f"the starting relevance is on {relevance.device}, the output on {leaf.device}: make it there, for "
+                "example with device=x.device"
+            )
         messages.append(Relevance(relevance.to(leaf.dtype)))
     return messages
 
@@ -147,6 +154,17 @@ def _single(leaves: list[Any], target: Any) -> Tensor:
         + ". Say where relevance starts with a function, for example\n\n"
         "    target=lambda out: torch.zeros_like(out).index_fill(1, torch.tensor([3]), 1) * out"
     )
+
+
+def _for_samples(value: Tensor, output: Tensor) -> Tensor:
+    """A value, or one a sample, so that it multiplies an output."""
+    if value.ndim > 0 and value.shape != output.shape[:-1]:
+        raise TargetError(
+            f"value has shape {tuple(value.shape)}, but an output of shape {tuple(output.shape)} takes a single number"
+            + (f", or one a sample, of shape {tuple(output.shape[:-1])}" if output.ndim > 1 else "")
+            + ". For relevance shaped like the output, pass it as the target itself"
+        )
+    return value.to(device=output.device, dtype=output.dtype).unsqueeze(-1)
 
 
 def _indicator(output: Tensor, index: int | Tensor) -> Tensor:

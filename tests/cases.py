@@ -193,7 +193,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
-        future = torch.ones(3, 3, dtype=torch.bool).triu(1)
+        future = torch.ones(3, 3, dtype=torch.bool, device=x.device).triu(1)
         weights = (q @ k.mT / math.sqrt(2)).masked_fill(future, -torch.inf).softmax(-1)
         x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
         gate, value = self.up(self.norm2(x)).chunk(2, -1)
@@ -213,7 +213,7 @@ def fused_attention(params: dict[str, Any], x: Tensor) -> Tensor:
     """Four queries that share two keys and values, in torch's own attention; a norm and an activation written out."""
     h = rms_norm(x, params["norm"])
     q, k, v = (F.linear(h, params[name]).unflatten(-1, (-1, 2)).transpose(1, 2) for name in "qkv")
-    past = torch.ones(3, 3, dtype=torch.bool).tril()
+    past = torch.ones(3, 3, dtype=torch.bool, device=x.device).tril()
     attended = F.scaled_dot_product_attention(q, k, v, past, enable_gqa=True).transpose(1, 2).flatten(2)
     x = x + F.linear(attended, params["out"])
     x = x + F.linear(tanh_gelu(F.linear(x, params["up"])), params["down"])

@@ -114,6 +114,8 @@ TARGETS: dict[str, tuple[Any, str]] = {
         r"target has shape \(3,\), but .* \(2, 4\) takes a single index or one a sample",
     ),
     "shape": (torch.ones(4), r"starting relevance has shape \(4,\), the output \(2, 4\)"),
+    "device": (torch.ones(2, 4, device="meta"), "starting relevance is on meta, the output on cpu"),
+    "value": (lrp.one_hot(1, torch.ones(4)), r"value has shape \(4,\), but .* \(2, 4\) takes .* one a sample"),
     "structure": (lambda out: (out, out), "starting relevance has the structure"),
     "type": ("cat", "must be a floating-point tensor, not 'cat'"),
     "callable_type": (lambda out: out.argmax(-1), "must be a floating-point tensor, not a torch.int64 tensor"),

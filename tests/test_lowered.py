@@ -469,6 +469,15 @@ def test_what_compiling_remembers_is_forgotten_with_the_function() -> None:
     assert handle not in _compiled._results
 
 
+@pytest.mark.parametrize(("models", "model", "rules"), BOTH)
+def test_other_devices(models: Any, model: str, rules: Any) -> None:
+    """Tensors without data have a device of their own, and no operation but with numbers mixes it with the CPU."""
+    case = models[model]()
+    params, x, target = pytree.tree_map(lambda t: t.detach().to("meta"), (case.params, case.x, torch.tensor([1, 0])))
+    relevance = lrp.attribute(case.model_fn, rules)(params, x, target=target)
+    assert (relevance.device, relevance.shape) == (x.device, x.shape)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("model", ["residual", "transformer", "fused"])
 def test_other_dtypes(model: str, dtype: torch.dtype) -> None:

@@ -56,6 +56,8 @@ class TestTargets:
         assert torch.equal(contrast, torch.stack([0 * out[:, 0], out[:, 1], 0 * out[:, 0], -out[:, 3]], 1))
         assert torch.equal(contrast, lrp.contrast(1, -1)(out))
         assert torch.allclose(self.start(lrp.one_hot(1, value=2.0)), torch.tensor([0.0, 2, 0, 0]).double().expand(2, 4))
+        each = lrp.one_hot(torch.tensor([1, 0]), torch.tensor([2, 3]))
+        assert torch.allclose(self.start(each), torch.tensor([[0.0, 2, 0, 0], [3, 0, 0, 0]]).double())
         assert torch.equal(self.start(lrp.one_hot(1)), self.start(1))
         per_sample = self.start(lrp.contrast(torch.tensor([0, 1]), torch.tensor([1, 0])))
         assert torch.equal(per_sample[1], torch.stack([-out[1, 0], out[1, 1], 0 * out[1, 0], 0 * out[1, 0]]))
