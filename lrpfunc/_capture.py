@@ -8,6 +8,7 @@ import inspect
 import sys
 import threading
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class Trace:
         module: The traced operations; the placeholders are the tick, the environment's tensors and the arguments.
         outputs: How to rebuild the output from the first graph outputs: the leaves (`None` for a tensor) and the spec.
         aux: The same for the auxiliary output.
-        recorder: The markers, which are the last graph outputs.
+        events: Where modules begin and end, as the recorder saw it, with `True` for each marker; the markers are the
+            last graph outputs.
         closed: How many placeholders stand for tensors of the environment.
         constants: Tensors that are no inputs, by the name they are read by: made by the function, mostly.
         stable: Whether the trace may be used again.
@@ -48,11 +50,16 @@ class Trace:
     module: fx.GraphModule
     outputs: tuple[list[Any], Any]
     aux: tuple[list[Any], Any]
-    recorder: Recorder
+    events: list[tuple[str, str, list[bool], Any]]
     closed: int
     constants: dict[str, Tensor]
     stable: bool
     after_dispatch: bool
+
+    @property
+    def markers(self) -> int:
+        """How many of the graph outputs are markers."""
+        return sum(sum(marked) for _, _, marked, _ in self.events)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -136,6 +143,9 @@ class _Watch(TorchFunctionMode):
 
     A tensor the function closes over is replaced, wherever an operation reads it, by an input of the trace. Without
     that an operation on such tensors alone would really run, and change them if it works in place.
+
+    Attributes:
+        made: What operations returned. What is alive of it after the trace, something remembers.
     """
 
     _READS = (
@@ -143,9 +153,10 @@ class _Watch(TorchFunctionMode):
         *("__repr__", "__str__", "__format__", "__contains__"),
     )
 
-    def __init__(self, inputs: dict[int, Tensor]) -> None:
+    def __init__(self, inputs: dict[int, Tensor], made: list[weakref.ref[Tensor]]) -> None:
         super().__init__()
         self.inputs = inputs
+        self.made = made
         self.transforms = False
         self.reads = False
         self.no_grad = False
@@ -164,8 +175,11 @@ class _Watch(TorchFunctionMode):
             with _disable_current_modes():
                 return func(*args, **(kwargs or {}))
         if func == _DATA:  # a trace does not see `.data`
-            return self._replaced(args[0]).detach()
-        return func(*self._replaced(args), **self._replaced(kwargs or {}))
+            result = self._replaced(args[0]).detach()
+        else:
+            result = func(*self._replaced(args), **self._replaced(kwargs or {}))
+        self.made += (weakref.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -248,7 +262,8 @@ def _trace(
     inline: bool,
     keys: Sequence[Any],
     closed: Sequence[Tensor],
-) -> tuple[fx.GraphModule, Recorder, dict[str, Any], _Watch, bool]:
+    made: list[weakref.ref[Tensor]],
+) -> tuple[fx.GraphModule, list[Any], dict[str, Any], _Watch, bool]:
     found: dict[str, Any] = {}
 
     def call(tensors: list[Tensor]) -> list[Any]:
@@ -270,16 +285,17 @@ def _trace(
             flat.extend(v for v in values if isinstance(v, Tensor))
         return flat
 
-    def trace(before_dispatch: bool, again: bool = False) -> tuple[fx.GraphModule, Recorder, _Watch]:
+    def trace(before_dispatch: bool, again: bool = False) -> tuple[fx.GraphModule, list[Any], _Watch]:
         custom = {} if inline else _custom_functions()
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         scalar = ((), (), torch.float32, torch.device("cpu"))
         inputs = _fake([scalar, *map(describe_tensor, closed), *keys], mode)
+        made.extend(map(weakref.ref, inputs))
         watches: list[_Watch] = []
         recorders: list[Recorder] = []
 
         def marked(tick: Tensor, *tensors: Tensor) -> list[Tensor]:
-            watch = _Watch({id(real): fake for real, fake in zip(closed, tensors, strict=False)})
+            watch = _Watch({id(real): fake for real, fake in zip(closed, tensors, strict=False)}, made)
             recorder = Recorder(tick)
             watches.append(watch)
             recorders.append(recorder)
@@ -292,13 +308,13 @@ def _trace(
         module = make_fx(marked, tracing_mode="fake", _allow_non_fake_inputs=True, **options)(*inputs)
         if not (inline or again or _custom_functions().keys() <= custom.keys()):
             return trace(before_dispatch, again=True)  # the model function defines such a class when it is called
-        return module, recorders[-1], watches[-1]
+        return module, recorders[-1].handed_over(), watches[-1]
 
-    module, recorder, watch = trace(before_dispatch=True)
+    module, events, watch = trace(before_dispatch=True)
     if after := watch.transforms:
         # A trace before dispatch does not see the levels of transforms inside the model function.
-        module, recorder, watch = trace(before_dispatch=False)
-    return module, recorder, found, watch, after
+        module, events, watch = trace(before_dispatch=False)
+    return module, events, found, watch, after
 
 
 def _explain_failure(error: Exception) -> CaptureError:
@@ -323,9 +339,10 @@ def _capture(
     environment = Environment(model_fn, remember=True)
     keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+    made: list[weakref.ref[Tensor]] = []
     try:
-        module, recorder, found, watch, after = isolated(
-            lambda: _trace(model_fn, static, spec, has_aux, inline, keys, closed)
+        module, events, found, watch, after = isolated(
+            lambda: _trace(model_fn, static, spec, has_aux, inline, keys, closed, made)
         )
     except Exception as error:
         if type(error).__name__ in _VALUE_DEPENDENT:
@@ -333,11 +350,12 @@ def _capture(
         raise
     finally:
         environment.forget(_is_fake)
-        forget_cached(_is_fake)
+        if any(tensor() is not None for tensor in made):
+            forget_cached(_is_fake)
     constants = [node for node in module.graph.nodes if node.op == "get_attr"]
     # A constant that the function made is copied at once; any other one may be a tensor that was missed.
     values = {node.target: getattr(module, node.target) for node in constants}
-    made = all(
+    own = all(
         all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
         or is_cached(values[node.target])
         for node in constants
@@ -347,8 +365,8 @@ def _capture(
             "the model function makes a tensor in a way a trace cannot follow, such as torch.autograd.grad, `.data` "
             "or `set_`. Write torch.func.grad, or detach()"
         )
-    stable = made and not watch.reads
-    return Trace(module, found["outputs"], found["aux"], recorder, len(closed), values, stable, after)
+    stable = own and not watch.reads
+    return Trace(module, found["outputs"], found["aux"], events, len(closed), values, stable, after)
 
 
 def retrace(
@@ -374,7 +392,7 @@ def retrace(
         fakes = [_fake(list(map(describe_tensor, group)), mode) for group in (tensors, start, environment.tensors)]
 
         def watched(tensors: list[Tensor], start: list[Tensor], lifted: list[Tensor]) -> list[Tensor]:
-            watch = _Watch({id(real): fake for real, fake in zip(environment.tensors, lifted, strict=True)})
+            watch = _Watch({id(real): fake for real, fake in zip(environment.tensors, lifted, strict=True)}, [])
             watches.append(watch)
             with watch:
                 return walk(tensors, start)

@@ -39,6 +39,11 @@ class Recorder:
     def markers(self) -> list[Tensor]:
         return [marker for _, _, markers, _ in self.events for marker in markers if marker is not None]
 
+    def handed_over(self) -> list[tuple[str, str, list[bool], Any]]:
+        """The events, with whether there is a marker instead of the marker; the recorder is empty afterwards."""
+        events, self.events = self.events, []
+        return [(kind, path, [marker is not None for marker in markers], spec) for kind, path, markers, spec in events]
+
     def watch(self, module: nn.Module) -> None:
         """Marks the calls of all submodules; `module` must be the recorder's own copy."""
         for path, child in module.named_modules():

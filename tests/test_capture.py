@@ -499,20 +499,25 @@ def test_sparse_tensors() -> None:
 
 def test_caches_of_installed_code_keep_no_fake_tensors() -> None:
     """Such as the `lru_cache` around a table of relative positions, which a later plain call would find."""
-    source = "import functools, torch\n@functools.lru_cache\ndef table(n):\n    return torch.arange(n) * 2.0\n"
+    source = (
+        "import functools, torch\n"
+        "@functools.lru_cache\ndef table(n):\n    return torch.arange(n) * 2.0\n"
+        "def scaled(x):\n    return x * table(x.shape[-1])\n"
+    )
     installed: dict[str, Any] = {}
     exec(compile(source, "lib/site-packages/positions.py", "exec"), installed)
-    table = installed["table"]
+    table, scaled = installed["table"], installed["scaled"]
 
     class Positions(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x * table(x.shape[-1])
+            return scaled(x)
 
     model_fn, params = lrp.from_module(Positions())
     x = torch.ones(1, 3)
-    assert lrp.attribute(model_fn)(params, x).tolist() == [[0.0, 2.0, 4.0]]
-    assert type(table(3)) is Tensor
-    assert lrp.attribute(model_fn)(params, x).tolist() == [[0.0, 2.0, 4.0]]
+    for _ in range(2):
+        assert lrp.attribute(model_fn)(params, x).tolist() == [[0.0, 2.0, 4.0]]
+        assert type(table(3)) is Tensor
+        assert lrp.attribute(model_fn)(params, torch.ones(2, 3)).tolist() == [[0.0, 2.0, 4.0]] * 2
 
 
 def test_results_of_an_operation_are_changed_in_place_apart() -> None:

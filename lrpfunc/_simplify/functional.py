@@ -232,10 +232,10 @@ class _Functionalizer:
         """The nodes whose only purpose is to mark: the event each belongs to, and its place there."""
         returned = self._returned()
         markers = {}
-        position = len(returned) - len(self.trace.recorder.markers)
-        for event, (_, _, tensors, _) in enumerate(self.trace.recorder.events):
-            for place, tensor in enumerate(tensors):
-                if tensor is not None:
+        position = len(returned) - self.trace.markers
+        for event, (_, _, marked, _) in enumerate(self.trace.events):
+            for place, is_marked in enumerate(marked):
+                if is_marked:
                     markers[returned[position]] = (event, place)
                     position += 1
         return markers
@@ -245,12 +245,12 @@ class _Functionalizer:
         return list(output.args[0])
 
     def _mark(self, node: fx.Node, event: int, place: int) -> None:
-        kind, path, tensors, _ = self.trace.recorder.events[event]
+        kind, path, marked, _ = self.trace.events[event]
         if place > 0:
             self.current[node] = self.read(node.args[0])  # type: ignore[arg-type]
         if kind == "enter":
             self.scopes.append(path)
-        elif all(tensor is None for tensor in tensors[:place]):
+        elif not any(marked[:place]):
             self.scopes.pop()
 
     def _input(self, node: fx.Node) -> None:
@@ -458,7 +458,7 @@ def functional(trace: Trace) -> Program:
     functionalizer.run()
     current = functionalizer.current
     returned = functionalizer._returned()
-    results = [functionalizer.read(node) for node in returned[: len(returned) - len(trace.recorder.markers)]]
+    results = [functionalizer.read(node) for node in returned[: len(returned) - trace.markers]]
     count = trace.outputs[0].count(None)
     functionalizer.graph.output(tuple(results))
     _drop_dead(functionalizer.graph)
@@ -466,9 +466,9 @@ def functional(trace: Trace) -> Program:
     alive = set(functionalizer.graph.nodes)
     markers = {place: node for node, place in functionalizer._markers().items()}
     modules = []
-    for event, (kind, path, tensors, spec) in enumerate(trace.recorder.events):
+    for event, (kind, path, marked, spec) in enumerate(trace.events):
         if kind == "exit":
-            leaves = [None if t is None else current[markers[event, i]] for i, t in enumerate(tensors[1:], 1)]
+            leaves = [current[markers[event, i]] if m else None for i, m in enumerate(marked[1:], 1)]
             modules.append((path, [leaf if leaf in alive else None for leaf in leaves], spec))
     placeholders = [current[node] for node in trace.module.graph.nodes if node.op == "placeholder" and node in current]
     constants = [node for node in trace.module.graph.nodes if node.op == "get_attr"]
