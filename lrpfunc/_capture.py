@@ -259,11 +259,12 @@ def _trace(
     leaves: list[Any],
     spec: Any,
     has_aux: bool,
-    inline: bool,
+    custom: dict[types.CodeType, str],
     keys: Sequence[Any],
     closed: Sequence[Tensor],
+    before_dispatch: bool,
     made: list[weakref.ref[Tensor]],
-) -> tuple[fx.GraphModule, list[Any], dict[str, Any], _Watch, bool]:
+) -> tuple[fx.GraphModule, list[Any], dict[str, Any], _Watch]:
     found: dict[str, Any] = {}
 
     def call(tensors: list[Tensor]) -> list[Any]:
@@ -285,36 +286,26 @@ def _trace(
             flat.extend(v for v in values if isinstance(v, Tensor))
         return flat
 
-    def trace(before_dispatch: bool, again: bool = False) -> tuple[fx.GraphModule, list[Any], _Watch]:
-        custom = {} if inline else _custom_functions()
-        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-        scalar = ((), (), torch.float32, torch.device("cpu"))
-        inputs = _fake([scalar, *map(describe_tensor, closed), *keys], mode)
-        made.extend(map(weakref.ref, inputs))
-        watches: list[_Watch] = []
-        recorders: list[Recorder] = []
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    scalar = ((), (), torch.float32, torch.device("cpu"))
+    inputs = _fake([scalar, *map(describe_tensor, closed), *keys], mode)
+    made.extend(map(weakref.ref, inputs))
+    watches: list[_Watch] = []
+    recorders: list[Recorder] = []
 
-        def marked(tick: Tensor, *tensors: Tensor) -> list[Tensor]:
-            watch = _Watch({id(real): fake for real, fake in zip(closed, tensors, strict=False)}, made)
-            recorder = Recorder(tick)
-            watches.append(watch)
-            recorders.append(recorder)
-            with recording(recorder), watch, _refusing(custom):
-                outputs = [watch._replaced(output) for output in call(list(tensors[len(closed) :]))]
-            return [*outputs, *recorder.markers]
+    def marked(tick: Tensor, *tensors: Tensor) -> list[Tensor]:
+        watch = _Watch({id(real): fake for real, fake in zip(closed, tensors, strict=False)}, made)
+        recorder = Recorder(tick)
+        watches.append(watch)
+        recorders.append(recorder)
+        with recording(recorder), watch, _refusing(custom):
+            outputs = [watch._replaced(output) for output in call(list(tensors[len(closed) :]))]
+        return [*outputs, *recorder.markers]
 
-        # `decomposition_table={}`: without it torch 2.15 turns `detach` into `alias`, which stops nothing.
-        options: dict[str, Any] = {"pre_dispatch": True} if before_dispatch else {"decomposition_table": {}}
-        module = make_fx(marked, tracing_mode="fake", _allow_non_fake_inputs=True, **options)(*inputs)
-        if not (inline or again or _custom_functions().keys() <= custom.keys()):
-            return trace(before_dispatch, again=True)  # the model function defines such a class when it is called
-        return module, recorders[-1].handed_over(), watches[-1]
-
-    module, events, watch = trace(before_dispatch=True)
-    if after := watch.transforms:
-        # A trace before dispatch does not see the levels of transforms inside the model function.
-        module, events, watch = trace(before_dispatch=False)
-    return module, events, found, watch, after
+    # `decomposition_table={}`: without it torch 2.15 turns `detach` into `alias`, which stops nothing.
+    options: dict[str, Any] = {"pre_dispatch": True} if before_dispatch else {"decomposition_table": {}}
+    module = make_fx(marked, tracing_mode="fake", _allow_non_fake_inputs=True, **options)(*inputs)
+    return module, recorders[-1].handed_over(), found, watches[-1]
 
 
 def _explain_failure(error: Exception) -> CaptureError:
@@ -340,18 +331,29 @@ def _capture(
     keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
     made: list[weakref.ref[Tensor]] = []
-    try:
-        module, events, found, watch, after = isolated(
-            lambda: _trace(model_fn, static, spec, has_aux, inline, keys, closed, made)
-        )
-    except Exception as error:
-        if type(error).__name__ in _VALUE_DEPENDENT:
-            raise _explain_failure(error) from error
-        raise
-    finally:
-        environment.forget(_is_fake)
-        if any(tensor() is not None for tensor in made):
-            forget_cached(_is_fake)
+
+    def trace(before_dispatch: bool, again: bool = False) -> tuple[fx.GraphModule, list[Any], dict[str, Any], _Watch]:
+        custom = {} if inline else _custom_functions()
+        try:
+            result = isolated(
+                lambda: _trace(model_fn, static, spec, has_aux, custom, keys, closed, before_dispatch, made)
+            )
+        except Exception as error:
+            if type(error).__name__ in _VALUE_DEPENDENT:
+                raise _explain_failure(error) from error
+            raise
+        finally:
+            environment.forget(_is_fake)
+            if any(tensor() is not None for tensor in made):
+                forget_cached(_is_fake)
+        if not (inline or again or _custom_functions().keys() <= custom.keys()):
+            return trace(before_dispatch, again=True)  # the model function defines such a class when it is called
+        return result
+
+    module, events, found, watch = trace(before_dispatch=True)
+    if after := watch.transforms:
+        # A trace before dispatch does not see the levels of transforms inside the model function.
+        module, events, found, watch = trace(before_dispatch=False)
     constants = [node for node in module.graph.nodes if node.op == "get_attr"]
     # A constant that the function made is copied at once; any other one may be a tensor that was missed.
     values = {node.target: getattr(module, node.target) for node in constants}

@@ -357,6 +357,10 @@ class TestNothingIsLeftBehind:
 
         lazy = Lazy()
         x = normal(2, 4)
+        # With a transform inside, a function is traced twice.
+        self.check(lambda x: torch.vmap(lambda row: row * grid(4) * remembered(4))(x), x)
+        grid.cache_clear()
+        memo.clear()
         self.check(lambda x: x * grid(4), x)
         self.check(lambda x: x * remembered(4), x)
         self.check(lazy, x)
