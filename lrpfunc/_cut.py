@@ -25,7 +25,7 @@ class Programs:
         frugal: The same without derivatives. It writes into tensors that are no longer needed.
     """
 
-    prepare: Callable[[list[Tensor]], tuple[Tensor, ...]]
+    prepare: fx.GraphModule
     forward: Callable[[list[Tensor]], tuple[Tensor, ...]]
     walk: Callable[[list[Tensor]], tuple[Tensor, ...]]
     frugal: Callable[[list[Tensor]], tuple[Tensor, ...]]
@@ -53,7 +53,7 @@ def cut(joint: Joint, bound: int, *, reuse: bool, exact: bool) -> Programs:
     walk = _program(joint, [*saved, *joint.start], late, joint.relevance) if exact else None
     reuse_memory(joint, first)
     frugal = _program(joint, [*saved, *joint.start], late, joint.relevance)
-    return Programs(prepare, forward, walk or frugal, frugal)
+    return Programs(prepare, forward.forward, (walk or frugal).forward, frugal.forward)
 
 
 def _clones(joint: Joint, kept: set[fx.Node]) -> list[fx.Node]:
@@ -117,7 +117,7 @@ def _read(steps: Iterable[fx.Node], results: Iterable[fx.Node], among: set[fx.No
 
 def _program(
     joint: Joint, inputs: Sequence[fx.Node], steps: Sequence[fx.Node], outputs: Sequence[fx.Node]
-) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
+) -> fx.GraphModule:
     graph = fx.Graph()
     graph.set_codegen(_BoxedCodeGen())  # takes a list, and empties it, so that each tensor is freed after its last use
     copies = {node: graph.placeholder(node.name) for node in inputs}
@@ -125,4 +125,4 @@ def _program(
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
     constants = {str(node.target): joint.constants[str(node.target)] for node in steps if node.op == "get_attr"}
-    return fx.GraphModule(constants, graph).forward
+    return fx.GraphModule(constants, graph)

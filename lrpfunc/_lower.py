@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.utils._pytree as pytree
@@ -19,13 +19,16 @@ from lrpfunc._joint import Joint, join
 from lrpfunc._layer import BoundLayer, Layer
 from lrpfunc._message import Message
 from lrpfunc._operations import EXACT, IN_WALK, scaled_dot_product_attention
-from lrpfunc._passes import simplify
+from lrpfunc._passes import hashable, simplify
 from lrpfunc._propagate import assign
-from lrpfunc._torch import constant, is_differentiated, mapped_over, vjp
+from lrpfunc._torch import constant, is_differentiated, map_arg, mapped_over, vjp
 
 
 class Bound:
     """What the programs of a relevance function made of the arguments that are bound.
+
+    Programs for several shapes, or kinds of target, make much the same of them, such as clamped weights: what is one
+    expression of the bound arguments is kept once.
 
     Args:
         count: How many tensors are bound, the first of the arguments.
@@ -34,11 +37,28 @@ class Bound:
     def __init__(self, count: int):
         self.count = count
         self._prepared: WeakKeyDictionary[Programs, tuple[Tensor, ...]] = WeakKeyDictionary()
+        self._expressions: dict[Any, fx.Node] = {}
+        self._made: WeakValueDictionary[fx.Node, Tensor] = WeakValueDictionary()
 
     def prepared(self, programs: Programs, tensors: list[Tensor]) -> list[Tensor]:
         if programs not in self._prepared:
-            self._prepared[programs] = isolated(lambda: programs.prepare(tensors))
+            wanted = self._wanted(programs.prepare.graph)
+            found = [self._made.get(node) for node in wanted]
+            if any(tensor is None for tensor in found):
+                made = isolated(lambda: programs.prepare.forward(tensors))
+                found = [new if old is None else old for new, old in zip(made, found, strict=True)]
+            self._made.update(zip(wanted, found, strict=True))
+            self._prepared[programs] = tuple(found)
         return constant(self._prepared[programs])
+
+    def _wanted(self, graph: fx.Graph) -> list[fx.Node]:
+        """For each output of `graph`, the node that first stood for the same expression."""
+        first: dict[fx.Node, fx.Node] = {}
+        for index, node in enumerate(graph.nodes):  # the inputs come first
+            operands = map_arg((node.args, node.kwargs), first.__getitem__)
+            expression = index if node.op == "placeholder" else (node.target, hashable(operands))
+            first[node] = node if node.op == "get_attr" else self._expressions.setdefault(expression, node)
+        return [first[node] for node in graph.output_node().args[0]]  # type: ignore[union-attr]
 
 
 def lowered(

@@ -36,16 +36,17 @@ def _merge_repeated(joint: Joint) -> None:
     for node in joint.graph.nodes:
         if node.op != "call_function" or isinstance(node.target, Written) or is_random(node):
             continue
-        first = seen.setdefault((node.target, _hashable(node.args), _hashable(node.kwargs)), node)
+        first = seen.setdefault((node.target, hashable(node.args), hashable(node.kwargs)), node)
         if first is not node and node not in joint.early:
             _replace(joint, node, first)
 
 
-def _hashable(value: Any) -> Any:
+def hashable(value: Any) -> Any:
+    """The arguments of a node as a dictionary's key."""
     if isinstance(value, (list, tuple)):
-        return tuple(map(_hashable, value))
+        return tuple(map(hashable, value))
     if isinstance(value, dict):
-        return tuple((key, _hashable(item)) for key, item in value.items())
+        return tuple((key, hashable(item)) for key, item in value.items())
     return value if isinstance(value, fx.Node) else (type(value), repr(value))  # 1, 1.0 and True are not the same
 
 

@@ -58,8 +58,8 @@ class Attribution(Description):
         """Binds the first argument, and computes once what the rules make of it alone.
 
         Clamped, folded and merged weights are then not computed anew at each call. The result is a snapshot: it does
-        not see later changes of the parameters, nor can it be differentiated with respect to them. What is computed is
-        kept for each set of shapes that it is called with.
+        not see later changes of the parameters, nor can it be differentiated with respect to them. Calls with other
+        shapes or targets use the same weights.
 
         Args:
             params: The first argument of the model function.

@@ -311,6 +311,18 @@ def test_bind_computes_what_is_made_of_parameters_once() -> None:
     assert saved == [2 * 5, 2 * 5]  # weights and biases
 
 
+def test_bind_keeps_what_other_shapes_share() -> None:
+    _, model_fn, params, x = stack()
+    relevance_fn = lrp.attribute(model_fn, lrp.epsilon_alpha2_beta1())
+    bound = relevance_fn.bind(params)
+    with torch.no_grad():
+        for batch, target in ((x, 1), (x[:1], 1), (x, lambda y: y)):
+            assert torch.equal(bound(batch, target=target), relevance_fn(params, batch, target=target))
+    every_program = [{t.data_ptr() for t in prepared} for prepared in bound._bound._prepared.values()]
+    assert len(every_program) > 2
+    assert all(kept == every_program[0] for kept in every_program)
+
+
 def test_bind_is_a_snapshot_that_differentiates_the_rest() -> None:
     case = MODELS["residual"]()
     params = {name: p.detach().clone() for name, p in case.params.items()}
