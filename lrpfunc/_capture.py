@@ -138,6 +138,14 @@ _REENTRANT = (
 )
 
 
+_GATED = (
+    "the model function has an LSTM or a GRU and a transform of its own (vmap, grad, jvp, ...). What can be recorded "
+    "inside a transform is the arithmetic of the gates alone, which does not say what is gated. Write what the "
+    "transform does as operations on a batch, or take it outside:\n\n"
+    "    torch.vmap(relevance_fn)(...)  # not attribute(a model_fn that calls vmap)"
+)
+
+
 class _Watch(TorchFunctionMode):
     """Sees what a trace cannot show, and keeps it away from real tensors.
 
@@ -146,7 +154,13 @@ class _Watch(TorchFunctionMode):
 
     Attributes:
         made: What operations returned. What is alive of it after the trace, something remembers.
+        transforms: Whether the function has transforms of its own.
+        reads: Whether a number inside a tensor became part of the program.
+        no_grad: Whether something was computed without gradients.
+        gated: Whether there are recurrent layers with gates.
     """
+
+    _RECURRENT = ("lstm", "gru", "lstm_cell", "gru_cell")
 
     _READS = (
         *("item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__", "__index__", "__complex__"),
@@ -160,6 +174,7 @@ class _Watch(TorchFunctionMode):
         self.transforms = False
         self.reads = False
         self.no_grad = False
+        self.gated = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.transforms |= inside_transform()
@@ -168,10 +183,11 @@ class _Watch(TorchFunctionMode):
             if _is_called_by(CheckpointFunction.forward):
                 raise CaptureError(_REENTRANT)
         name = getattr(func, "__name__", "")
+        self.gated |= name.partition(".")[0] in self._RECURRENT
         if name == "_pack_padded_sequence":
             raise CaptureError(_PACKED)
         if name in self._READS and not isinstance(args[0], FakeTensor):
-            self.reads = True  # a number became part of the program: it must not be used again
+            self.reads = True  # the program must not be used again
             with _disable_current_modes():
                 return func(*args, **(kwargs or {}))
         if func == _DATA:  # a trace does not see `.data`
@@ -353,6 +369,8 @@ def _capture(
     module, events, found, watch = trace(before_dispatch=True)
     if after := watch.transforms:
         # A trace before dispatch does not see the levels of transforms inside the model function.
+        if watch.gated:
+            raise CaptureError(_GATED)
         module, events, found, watch = trace(before_dispatch=False)
     constants = [node for node in module.graph.nodes if node.op == "get_attr"]
     # A constant that the function made is copied at once; any other one may be a tensor that was missed.

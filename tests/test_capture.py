@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lrpfunc as lrp
 from lrpfunc._environment import Environment
-from tests.cases import MODELS, Residual, normal, randomized
+from tests.cases import ATTENTION_MODELS, MODELS, Residual, normal, randomized
 from tests.oracles import largest_difference, plain_vjp
 
 SCALE = torch.tensor(2.0, dtype=torch.float64)
@@ -168,6 +168,69 @@ def test_transforms_inside_the_model() -> None:
     model_fn, params = lrp.from_module(module)
     batched = lrp.attribute(lambda p, x: vmap(lambda row: model_fn(p, row))(x), lrp.epsilon(0.1))
     assert largest_difference(batched(params, x), lrp.attribute(model_fn, lrp.epsilon(0.1))(params, x)) < 1e-14
+
+
+def after_dispatch(model_fn: Any) -> Any:
+    """The same function with a transform inside, so that kernels are recorded where there were whole operations."""
+    return lambda params, x: model_fn(params, vmap(torch.clone)(x))
+
+
+@pytest.mark.parametrize("name", [name for name in (*MODELS, *ATTENTION_MODELS) if name != "recurrent"])
+def test_transforms_inside_a_model_change_nothing(name: str) -> None:
+    case = {**MODELS, **ATTENTION_MODELS}[name]()
+    found, expected = (
+        lrp.attribute(f)(case.params, case.x, target=1) for f in (after_dispatch(case.model_fn), case.model_fn)
+    )
+    assert largest_difference(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.BatchNorm2d(3), nn.InstanceNorm2d(3), nn.LayerNorm(4), nn.Dropout(0.5), nn.Dropout2d(0.5), nn.LogSigmoid()],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_transforms_inside_a_model_in_training_mode(layer: nn.Module) -> None:
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), layer, nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)).double()
+    model_fn, params = lrp.from_module(randomized(module).train(), return_buffers=True)
+    results = []
+    for fn in (after_dispatch(model_fn), model_fn):
+        torch.manual_seed(0)
+        relevance, (value, buffers) = lrp.attribute_and_value(fn, has_aux=True)(params, normal(2, 2, 6, 6), target=1)
+        results.append([relevance, value, *buffers.values()])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval(), nn.BatchNorm2d(3, track_running_stats=False)),
+        *(nn.LayerNorm(4), nn.GroupNorm(3, 3), nn.LogSigmoid(), nn.MaxPool2d(2)),
+    ],
+    ids=str,
+)
+def test_derivatives_inside_the_model_by_kernels_of_several_results(layer: nn.Module) -> None:
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), layer).double()
+    is_training = module.training and layer.training
+    model_fn, params = lrp.from_module(randomized(module).train(layer.training), return_buffers=is_training)
+
+    def gradient_of_energy(params: Any, x: Tensor) -> Tensor:
+        def energy(x: Tensor) -> Tensor:
+            output = model_fn(params, x)
+            return (output[0] if is_training else output).square().sum()
+
+        return grad(energy)(x).flatten(1)
+
+    x = normal(2, 2, 6, 6)
+    expected = grad(lambda x: gradient_of_energy(params, x)[:, 1].sum())(x)
+    assert largest_difference(lrp.attribute(gradient_of_energy, lrp.gradient())(params, x, target=1), expected) < 1e-12
+
+
+@pytest.mark.parametrize("network", [nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell])
+def test_gates_beside_a_transform_are_refused(network: type[nn.Module]) -> None:
+    model_fn, params = lrp.from_module(network(3, 3).double(), output=lambda out: out[0])
+    relevance_fn = lrp.attribute(after_dispatch(model_fn))
+    with pytest.raises(lrp.CaptureError, match="LSTM or a GRU and a transform"):
+        relevance_fn(params, normal(2, 3))
 
 
 SURROUNDINGS: dict[str, Any] = {

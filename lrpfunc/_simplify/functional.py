@@ -38,6 +38,18 @@ from lrpfunc._operations import (
 from lrpfunc._simplify.expand import EXPANSIONS
 from lrpfunc._torch import constant, map_arg
 
+# What a trace after dispatch has in place of a batch norm, and the same where it writes to nothing.
+_BATCH_NORM_KERNELS: dict[str, Any] = {
+    "native_batch_norm": aten.native_batch_norm.default,
+    "_native_batch_norm_legit": aten.native_batch_norm.default,
+    "cudnn_batch_norm": aten.cudnn_batch_norm.default,
+}
+# And in place of other operations that it does not show whole.
+_KERNELS: dict[str, Any] = {
+    "native_layer_norm": aten.layer_norm.default,
+    "log_sigmoid_forward": aten.log_sigmoid.default,
+}
+
 
 @dataclass(eq=False)
 class Program:
@@ -272,12 +284,18 @@ class _Functionalizer:
             self.autocast[node] = (device, dtype, True if enabled is None else enabled, cache)
         elif name == "_exit_autocast":
             self.autocast.pop(node.args[0], None)  # type: ignore[arg-type]
-        elif name in ("batch_norm", "native_batch_norm", "_native_batch_norm_legit"):
+        elif name in ("batch_norm", *_BATCH_NORM_KERNELS):
             self._batch_norm(node)
         elif name == "instance_norm" and node.args[3] is not None and node.args[5]:
             self._refuse(node.args[3])  # type: ignore[arg-type]
         elif name in ("dropout", "feature_dropout", "dropout_", "feature_dropout_"):
             self._dropout(node, name)
+        elif name == "native_dropout" and node.args[2] is not False:
+            self._dropout_kernel(node)
+        elif name in _KERNELS:
+            args, kwargs = self._mapped(node)
+            new = self.emit(_KERNELS[name], args, kwargs, node.meta["val"][0])
+            self._define_kernel(node, new, target, args, kwargs)
         elif isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
             self._mutation(node)
         elif name in EXPANSIONS and is_float(node):
@@ -351,13 +369,14 @@ class _Functionalizer:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         defaults = {"attn_mask": call.get("attn_bias"), "dropout_p": 0.0, "is_causal": False}
         operands = [call.get(name, defaults.get(name)) for name in names]
+        heads = [call[name].meta["val"].shape[-3] for name in ("query", "key")]
         new = self.emit(
             scaled_dot_product_attention,
             self._apart(tuple(operands)),
-            {"scale": call.get("scale")},
+            {"scale": call.get("scale"), "enable_gqa": heads[0] != heads[1]},
             node.meta["val"][0],
         )
-        self.define(node, (new,))
+        self._define_kernel(node, new, node.target, args, kwargs)
 
     def _is_result(self, node: fx.Node) -> bool:
         """Whether `node` is what an operation returned, several new tensors; each has memory of its own."""
@@ -383,8 +402,9 @@ class _Functionalizer:
             )
         old = node.args[0]
         args, kwargs = self._mapped(node)
+        probability = (0.5,) if operation_name(node) == "bernoulli_" and len(args) == 1 else ()  # the default
         before, after = old.meta["val"], node.meta["val"]
-        new = self.emit(found, args, kwargs, after)
+        new = self.emit(found, (*args, *probability), kwargs, after)
         if before.shape != after.shape or before.stride() != after.stride():
             # unsqueeze_, t_: no new numbers, but both names now mean another view of the same memory
             for name in (old, node):
@@ -431,16 +451,40 @@ class _Functionalizer:
         else:
             self.define(node, new)
 
+    def _dropout_kernel(self, node: fx.Node) -> None:
+        (x, p, *_), _ = self._mapped(node)
+        like, kept = node.meta["val"]
+        mask = self.emit(dropout_mask, (x, p, "dropout"), None, like)
+        new = self.emit(aten.mul.Tensor, (x, mask), None, like)
+        self.define(node, (new, self.emit(aten.ne.Scalar, (mask, 0), None, kept)))
+
     def _batch_norm(self, node: fx.Node) -> None:
         (x, weight, bias, mean, var, training, momentum, eps, *_), _ = self._mapped(node)
-        native = operation_name(node) != "batch_norm"
-        like = node.meta["val"][0] if native else node.meta["val"]
+        is_kernel = operation_name(node) in _BATCH_NORM_KERNELS
+        like = node.meta["val"][0] if is_kernel else node.meta["val"]
         if not training:
             new = self.emit(batch_norm_eval, (x, weight, bias, mean, var, eps), None, like)
         else:
             new = self.emit(batch_norm_train, (x, weight, bias, eps), None, like)
             self._update_statistics(node, x, mean, var, momentum)
-        self.define(node, (new,) if native else new)
+        if not is_kernel:
+            return self.define(node, new)
+        kernel = _BATCH_NORM_KERNELS[operation_name(node)]
+        statistics = (None, None) if training else (mean, var)  # a kernel would write to them
+        self._define_kernel(node, new, kernel, (x, weight, bias, *statistics, training, momentum, eps))
+
+    def _define_kernel(self, node: fx.Node, first: fx.Node, kernel: Any, args: Any, kwargs: Any = None) -> None:
+        """Says that the first result of a kernel is `first`.
+
+        The others are read by the kernels of derivatives inside the model function. Those have, as derivatives of
+        their own with respect to the input, all of what depends on it.
+        """
+        whole = self.emit(kernel, args, kwargs, node.meta["val"])
+        results = [first]
+        for index, like in enumerate(node.meta["val"][1:], 1):
+            result = self.emit(operator.getitem, (whole, index), None, like)
+            results.append(self.emit(aten.detach.default, (result,), None, like))
+        self.define(node, tuple(results))
 
     def _update_statistics(self, node: fx.Node, x: fx.Node, mean: Any, var: Any, momentum: float) -> None:
         if mean is None and var is None:
