@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, stack_module_state, vmap
 
 import lrpfunc as lrp
+from lrpfunc import _lower
+from lrpfunc._cut import cut
 from tests.cases import (
     ATTENTION_CASES,
     ATTENTION_COMPOSITES,
@@ -118,6 +120,19 @@ def test_one_target_a_sample_inside_vmap() -> None:
     together = fn(case.params, case.x, target=torch.tensor([2, -3]))
     one_by_one = vmap(lambda x, t: fn(case.params, x[None], target=t)[0])(case.x, torch.tensor([2, 0]))
     assert largest_difference(together, one_by_one) < 1e-12
+
+
+def test_one_recording_serves_batches_of_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, made = MODELS["residual"](), []
+    monkeypatch.setattr(_lower, "cut", lambda *args, **kwargs: made.append(1) or cut(*args, **kwargs))
+    fn = lrp.attribute(case.model_fn, lrp.epsilon(0.125))
+    one_sample = vmap(lambda x, t: fn(case.params, x[None], target=t)[0])
+    for size in (2, 1, 3):
+        x, target = normal(size, *case.x.shape[1:]), torch.arange(size)
+        relevance = one_sample(x, target)
+        assert len(made) == 1
+        assert largest_difference(relevance, fn(case.params, x, target=target)) < 1e-12
+        made[1:] = []
 
 
 @pytest.mark.parametrize("transform", [jacrev, jacfwd])
