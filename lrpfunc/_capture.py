@@ -91,6 +91,8 @@ def isolated(fn: Callable[[], T]) -> T:
         (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     ]
     device = torch.get_default_device()
+    # What really runs, such as what `bind` prepares, must come after what the caller has begun.
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def run() -> None:
         _inside.capture = True
@@ -101,6 +103,8 @@ def isolated(fn: Callable[[], T]) -> T:
                 stack.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))
                 if device != torch.device("cpu"):
                     stack.enter_context(device)
+                if stream is not None:
+                    stack.enter_context(torch.cuda.stream(stream))
                 for kind, dtype in autocast:
                     stack.enter_context(torch.autocast(kind, dtype=dtype))
                 result.append(fn())

@@ -7,6 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 
 import lrpfunc as lrp
+from lrpfunc._capture import isolated
 from tests.cases import ATTENTION_MODELS, MODELS
 from tests.oracles import largest_difference
 
@@ -62,3 +63,8 @@ def test_channels_last_autocast_and_compiled(name: str) -> None:
         assert largest_difference(fn(params, x, target=1).float(), expected) < 0.3
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     assert largest_difference(compiled(params, x, target=1), expected) < 1e-4
+
+
+def test_what_bind_prepares_runs_on_the_callers_stream() -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert isolated(torch.cuda.current_stream) == torch.cuda.current_stream()
