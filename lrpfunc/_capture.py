@@ -18,7 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from lrpfunc._environment import Environment, describe_tensor, forget_cached, is_cached, is_custom_function
 from lrpfunc._errors import CaptureError, RuleError, opaque
 from lrpfunc._record import Recorder, recording
-from lrpfunc._torch import inside_transform
+from lrpfunc._torch import inside_transform, transform_level
 
 T = TypeVar("T")
 
@@ -156,8 +156,12 @@ class _Watch(TorchFunctionMode):
     A tensor the function closes over is replaced, wherever an operation reads it, by an input of the trace. Without
     that an operation on such tensors alone would really run, and change them if it works in place.
 
-    Attributes:
+    Args:
+        inputs: The inputs of the trace, by the identity of the tensors that they replace.
         made: What operations returned. What is alive of it after the trace, something remembers.
+        mark: Whether to write into the trace where derivatives stop; a trace before dispatch does so by itself.
+
+    Attributes:
         transforms: Whether the function has transforms of its own.
         reads: Whether a number inside a tensor became part of the program.
         no_grad: Whether something was computed without gradients.
@@ -171,10 +175,12 @@ class _Watch(TorchFunctionMode):
         *("__repr__", "__str__", "__format__", "__contains__"),
     )
 
-    def __init__(self, inputs: dict[int, Tensor], made: list[weakref.ref[Tensor]]) -> None:
+    def __init__(self, inputs: dict[int, Tensor], made: list[weakref.ref[Tensor]], mark: bool = False) -> None:
         super().__init__()
         self.inputs = inputs
         self.made = made
+        self._mark = mark
+        self._grad_modes: dict[int, bool] = {}
         self.transforms = False
         self.reads = False
         self.no_grad = False
@@ -186,6 +192,8 @@ class _Watch(TorchFunctionMode):
             self.no_grad = True
             if _is_called_by(CheckpointFunction.forward):
                 raise CaptureError(_REENTRANT)
+        if func is torch._C._set_grad_enabled and self._mark:
+            self._mark_grad_mode(args[0])
         name = getattr(func, "__name__", "")
         self.gated |= name.partition(".")[0] in self._RECURRENT
         if name == "_pack_padded_sequence":
@@ -200,6 +208,13 @@ class _Watch(TorchFunctionMode):
             result = func(*self._replaced(args), **self._replaced(kwargs or {}))
         self.made += (weakref.ref(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
         return result
+
+    def _mark_grad_mode(self, enabled: bool) -> None:
+        """Writes into the trace whether what follows has derivatives outside of all transforms of the function."""
+        level = transform_level()
+        self._grad_modes = {k: mode for k, mode in self._grad_modes.items() if k < level} | {level: enabled}
+        mode: Any = get_proxy_mode()
+        mode.tracer.create_node("call_function", torch._C._set_grad_enabled, (all(self._grad_modes.values()),), {})
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -314,7 +329,8 @@ def _trace(
     recorders: list[Recorder] = []
 
     def marked(tick: Tensor, *tensors: Tensor) -> list[Tensor]:
-        watch = _Watch({id(real): fake for real, fake in zip(closed, tensors, strict=False)}, made)
+        fakes = {id(real): fake for real, fake in zip(closed, tensors, strict=False)}
+        watch = _Watch(fakes, made, mark=not before_dispatch)
         recorder = Recorder(tick)
         watches.append(watch)
         recorders.append(recorder)

@@ -70,10 +70,15 @@ def _has_tangent(tensor: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def transform_level() -> int:
+    """How many torch.func transforms are running in this thread, one inside the other."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.maybe_current_level() or 0
+
+
 def inside_transform() -> bool:
     """Whether a torch.func transform is running in this thread."""
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return functorch.peek_interpreter_stack() is not None
+    return transform_level() > 0
 
 
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:

@@ -225,6 +225,51 @@ def test_derivatives_inside_the_model_by_kernels_of_several_results(layer: nn.Mo
     assert largest_difference(lrp.attribute(gradient_of_energy, lrp.gradient())(params, x, target=1), expected) < 1e-12
 
 
+def smooth(w: Tensor, x: Tensor) -> Tensor:
+    return torch.tanh(x @ w)
+
+
+def descended(w: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        step = grad(lambda x: smooth(w, x).square().sum())(x)
+    return smooth(w, x - step)
+
+
+def constant_in_energy(w: Tensor, x: Tensor) -> Tensor:
+    def energy(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            factor = smooth(w, x)
+        return (smooth(w, x) * factor).sum()
+
+    return grad(energy)(x)
+
+
+def enabled_again(w: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        shift = vmap(lambda row: 2 * row)(x)
+        with torch.enable_grad():
+            factor = vmap(lambda row: (row * w).sum(-1))(x)
+    return smooth(w, x + shift) * factor
+
+
+def written(w: Tensor, x: Tensor) -> Tensor:
+    x = vmap(torch.clone)(x)
+    with torch.no_grad():
+        x.mul_(2)
+    return smooth(w, x)
+
+
+def decorated(w: Tensor, x: Tensor) -> Tensor:
+    return vmap(lambda row: row + torch.no_grad()(torch.exp)(row))(x) @ w
+
+
+@pytest.mark.parametrize("model_fn", [descended, constant_in_energy, enabled_again, written, decorated])
+def test_no_grad_beside_and_inside_transforms(model_fn: Any) -> None:
+    w, x = normal(3, 3), normal(2, 3, seed=1).requires_grad_()
+    (expected,) = torch.autograd.grad(model_fn(w, x)[:, 1].sum(), x)
+    assert largest_difference(lrp.attribute(model_fn, lrp.gradient())(w, x.detach(), target=1), expected) < 1e-14
+
+
 @pytest.mark.parametrize("network", [nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell])
 def test_gates_beside_a_transform_are_refused(network: type[nn.Module]) -> None:
     model_fn, params = lrp.from_module(network(3, 3).double(), output=lambda out: out[0])

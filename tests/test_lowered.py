@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lrpfunc as lrp
 from benchmarks.measure import flops, gradient, peak_memory
 from lrpfunc import _compiled, _lower
-from tests.cases import ATTENTION_CASES, ATTENTION_COMPOSITES, ATTENTION_MODELS, COMPOSITES, MODELS, normal
+from tests.cases import ATTENTION_CASES, ATTENTION_COMPOSITES, ATTENTION_MODELS, COMPOSITES, MODELS, normal, randomized
 from tests.oracles import largest_difference
 
 BOTH = [
@@ -499,6 +499,22 @@ def test_other_dtypes(model: str, dtype: torch.dtype) -> None:
     found, steps = (lrp.attribute(case.model_fn, rules, lowered=n)(params, x, target=1) for n in (True, False))
     assert found.dtype == dtype
     assert largest_difference(found, steps) < 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_norms_more_precise_than_their_layers(training: bool) -> None:
+    """Batch norms in float32 around layers in a lower precision, as mixed precision has it."""
+    module = randomized(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)))
+    module.float().train(training)
+    x, rules, results = normal(2, 2, 6, 6).float(), lrp.epsilon_plus(0.1, stabilizer=0.1), []
+    for dtype in (torch.float32, torch.bfloat16):
+        for layer in (module[0], module[4]):
+            layer.to(dtype)
+        model_fn, params = lrp.from_module(module, return_buffers=training)
+        found = lrp.attribute(model_fn, rules, has_aux=training)(params, x.to(dtype), target=1)
+        results.append(found[0] if training else found)
+    assert results[1].dtype is torch.bfloat16
+    assert largest_difference(results[1].float(), results[0]) < 0.1
 
 
 def test_autocast_and_channels_last() -> None:

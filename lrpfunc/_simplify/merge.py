@@ -105,7 +105,8 @@ class Affine:
         scale, shift = batch_norm_scale(*args)
         if bias is not None:
             shift = shift + bias.reshape(-1) * scale
-        return _scale_outputs(self, weight, scale), shift
+        # A batch norm may be more precise than its convolution, which takes one dtype.
+        return _scale_outputs(self, weight, scale).to(weight.dtype), shift.to(weight.dtype)
 
     def _factors(self) -> tuple[Any, Any]:
         """What the operation multiplies its weight and its bias by."""
