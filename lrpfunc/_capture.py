@@ -27,7 +27,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from lrpfunc._environment import Environment, describe_tensor, forget_cached, is_cached, is_custom_function
 from lrpfunc._errors import CaptureError, RuleError, opaque
 from lrpfunc._record import Recorder, recording
-from lrpfunc._torch import inside_transform, transform_level
+from lrpfunc._torch import grad_level, inside_transform
 
 T = TypeVar("T")
 
@@ -211,7 +211,7 @@ class _Watch(TorchFunctionMode):
 
     def _mark_grad_mode(self, enabled: bool) -> None:
         """Writes into the trace whether what follows has derivatives outside of all transforms of the function."""
-        level = transform_level()
+        level = grad_level()
         self._grad_modes = {k: mode for k, mode in self._grad_modes.items() if k < level} | {level: enabled}
         mode: Any = get_proxy_mode()
         mode.tracer.create_node("call_function", torch._C._set_grad_enabled, (all(self._grad_modes.values()),), {})
@@ -502,7 +502,8 @@ class Cache(Generic[T]):
                 self._entries.popitem(last=False)
 
 
-def _surroundings() -> Iterator[Hashable]:
+def surroundings() -> Iterator[Hashable]:
+    """What an operation depends on beside its arguments."""
     yield torch.get_default_dtype()
     yield torch.get_default_device()
     hooks = torch.nn.modules.module
@@ -530,7 +531,7 @@ def capture(
     env = Environment(model_fn)
     statics = Environment(*(leaf for leaf in leaves if not isinstance(leaf, Tensor)))
     described = tuple(describe_tensor(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
-    key = (env.key, statics.key, described, spec, has_aux, inline, *_surroundings())
+    key = (env.key, statics.key, described, spec, has_aux, inline, *surroundings())
     built = cache.get(key)
     if built is None:
         _refuse_nested()

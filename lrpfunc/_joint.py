@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lrpfunc._operations import aten, call, copied, operation_name
 from lrpfunc._simplify import Program
-from lrpfunc._torch import map_arg
+from lrpfunc._torch import hashable, map_arg
 
 
 @dataclass(eq=False)
@@ -99,6 +99,9 @@ _SUBSTITUTES: dict[Any, Any] = {
 }
 
 
+_UNSPEAKABLE = ("overwrite", "fused")
+
+
 class Written:
     """An operation that runs under a mode, or takes an argument that code cannot spell."""
 
@@ -108,13 +111,22 @@ class Written:
         self._operands = list(node.all_input_nodes)
         self.__name__ = self.__qualname__ = operation_name(node)
 
+    @property
+    def key(self) -> Any:
+        """What equal operations have in common."""
+        if operation_name(self.node) in _UNSPEAKABLE:
+            return self
+        places = {operand: place for place, operand in enumerate(self._operands)}
+        args = map_arg(hashable(self._args), places.__getitem__)
+        return self.node.target, args, self.node.meta["no_grad"], self.node.meta["autocast"]
+
     def __call__(self, *tensors: Any) -> Any:
         args, kwargs = map_arg(self._args, dict(zip(self._operands, tensors, strict=True)).__getitem__)
         return call(self.node, args, kwargs)
 
 
 def _written(graph: fx.Graph, node: fx.Node, forward: dict[fx.Node, fx.Node]) -> fx.Node:
-    if node.meta["no_grad"] or node.meta["autocast"] or operation_name(node) in ("overwrite", "fused"):
+    if node.meta["no_grad"] or node.meta["autocast"] or operation_name(node) in _UNSPEAKABLE:
         new = graph.call_function(Written(node), tuple(forward[n] for n in node.all_input_nodes))
         new.meta = dict(node.meta)
         return new

@@ -11,24 +11,28 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from lrpfunc._call import Call
-from lrpfunc._capture import is_capturing, isolated, retrace
+from lrpfunc._capture import is_capturing, isolated, retrace, surroundings
 from lrpfunc._cut import Programs, cut, recompute
 from lrpfunc._environment import Environment
 from lrpfunc._forward import Forward, relevance, walk
-from lrpfunc._joint import Joint, join
+from lrpfunc._joint import Joint, Written, join
 from lrpfunc._layer import BoundLayer, Layer
 from lrpfunc._message import Message
 from lrpfunc._operations import EXACT, IN_WALK, scaled_dot_product_attention
-from lrpfunc._passes import hashable, simplify
+from lrpfunc._passes import simplify
 from lrpfunc._propagate import assign
-from lrpfunc._torch import constant, is_differentiated, map_arg, mapped_over, vjp
+from lrpfunc._torch import constant, hashable, is_differentiated, map_arg, mapped_over, vjp
+
+
+class _Expression:
+    """What a tensor is made of: one object for each expression."""
 
 
 class Bound:
     """What the programs of a relevance function made of the arguments that are bound.
 
     Programs for several shapes, or kinds of target, make much the same of them, such as clamped weights: what is one
-    expression of the bound arguments is kept once.
+    expression of the bound arguments is kept once, for as long as one of the programs is.
 
     Args:
         count: How many tensors are bound, the first of the arguments.
@@ -37,13 +41,13 @@ class Bound:
     def __init__(self, count: int):
         self.count = count
         self._prepared: WeakKeyDictionary[Programs, tuple[Tensor, ...]] = WeakKeyDictionary()
-        self._expressions: dict[Any, fx.Node] = {}
-        self._made: WeakValueDictionary[fx.Node, Tensor] = WeakValueDictionary()
+        self._expressions: WeakValueDictionary[Any, _Expression] = WeakValueDictionary()
+        self._made: WeakValueDictionary[_Expression, Tensor] = WeakValueDictionary()
 
     def prepared(self, programs: Programs, tensors: list[Tensor]) -> list[Tensor]:
         if programs not in self._prepared:
             wanted = self._wanted(programs.prepare.graph)
-            found = [self._made.get(node) for node in wanted]
+            found = [self._made.get(expression) for expression in wanted]
             if any(tensor is None for tensor in found):
                 made = isolated(lambda: programs.prepare.forward(tensors))
                 found = [new if old is None else old for new, old in zip(made, found, strict=True)]
@@ -51,14 +55,19 @@ class Bound:
             self._prepared[programs] = tuple(found)
         return constant(self._prepared[programs])
 
-    def _wanted(self, graph: fx.Graph) -> list[fx.Node]:
-        """For each output of `graph`, the node that first stood for the same expression."""
-        first: dict[fx.Node, fx.Node] = {}
-        for index, node in enumerate(graph.nodes):  # the inputs come first
-            operands = map_arg((node.args, node.kwargs), first.__getitem__)
-            expression = index if node.op == "placeholder" else (node.target, hashable(operands))
-            first[node] = node if node.op == "get_attr" else self._expressions.setdefault(expression, node)
-        return [first[node] for node in graph.output_node().args[0]]  # type: ignore[union-attr]
+    def _wanted(self, graph: fx.Graph) -> list[_Expression]:
+        """What each output of `graph` is made of."""
+        around = tuple(surroundings())
+        expressions: dict[fx.Node, Any] = {}
+        for index, node in enumerate(graph.nodes):
+            if node.op in ("placeholder", "call_function"):
+                target = node.target.key if isinstance(node.target, Written) else node.target
+                operands = map_arg(hashable((node.args, node.kwargs)), expressions.__getitem__)
+                key = index if node.op == "placeholder" else (target, operands, around)
+                expressions[node] = self._expressions.setdefault(key, _Expression())
+            elif node.op == "get_attr":
+                expressions[node] = _Expression()
+        return [expressions[node] for node in graph.output_node().args[0]]  # type: ignore[union-attr]
 
 
 def lowered(

@@ -53,7 +53,8 @@ def copied(target: Tensor, source: Tensor) -> Tensor:
 
 def assigned(target: Tensor, value: Tensor) -> Tensor:
     """`target` after it was set to `value` without gradients: the value, bit for bit, with the target's history."""
-    return (target - target.detach()) + value.detach()
+    nothing = torch.where(target.isinf(), 0, target - target.detach())
+    return nothing + value.detach()
 
 
 def filled(target: Tensor, value: Tensor | float) -> Tensor:

@@ -12,6 +12,7 @@ from torch import fx
 from lrpfunc._joint import Joint, Written, returns
 from lrpfunc._kinds import finite, nonnegative
 from lrpfunc._operations import SELECT, aten, is_random, operation_name
+from lrpfunc._torch import hashable
 
 
 def simplify(joint: Joint, exact: bool) -> None:
@@ -39,15 +40,6 @@ def _merge_repeated(joint: Joint) -> None:
         first = seen.setdefault((node.target, hashable(node.args), hashable(node.kwargs)), node)
         if first is not node and node not in joint.early:
             _replace(joint, node, first)
-
-
-def hashable(value: Any) -> Any:
-    """The arguments of a node as a dictionary's key."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(hashable, value))
-    if isinstance(value, dict):
-        return tuple((key, hashable(item)) for key, item in value.items())
-    return value if isinstance(value, fx.Node) else (type(value), repr(value))  # 1, 1.0 and True are not the same
 
 
 def _replace(joint: Joint, old: fx.Node, new: fx.Node) -> None:

@@ -7,11 +7,20 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.node import map_arg as map_arg
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def hashable(value: Any) -> Any:
+    """The arguments of a node as a dictionary's key."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(hashable, value))
+    if isinstance(value, dict):
+        return tuple((key, hashable(item)) for key, item in value.items())
+    return value if isinstance(value, fx.Node) else (type(value), repr(value))  # 1, 1.0 and True are not the same
 
 
 def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
@@ -70,15 +79,17 @@ def _has_tangent(tensor: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def transform_level() -> int:
-    """How many torch.func transforms are running in this thread, one inside the other."""
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return functorch.maybe_current_level() or 0
-
-
 def inside_transform() -> bool:
     """Whether a torch.func transform is running in this thread."""
-    return transform_level() > 0
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.peek_interpreter_stack() is not None
+
+
+def grad_level() -> int:
+    """How many `grad`, `vjp` and the like are running in this thread; others have no grad mode of their own."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    stack = functorch.get_interpreter_stack() or ()
+    return sum(interpreter.key() == functorch.TransformType.Grad for interpreter in stack)
 
 
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:

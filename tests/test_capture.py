@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacfwd, jacrev, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -263,11 +263,68 @@ def decorated(w: Tensor, x: Tensor) -> Tensor:
     return vmap(lambda row: row + torch.no_grad()(torch.exp)(row))(x) @ w
 
 
-@pytest.mark.parametrize("model_fn", [descended, constant_in_energy, enabled_again, written, decorated])
+def enabled_in_vmap(w: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        shift = vmap(torch.enable_grad()(lambda row: torch.tanh(row @ w)))(x)
+    return shift + x
+
+
+def enabled_in_jvp(w: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        product = torch.enable_grad()(lambda row: row * torch.tanh(x @ w))
+        value, tangent, *_ = jvp(product, (torch.ones_like(x),), (torch.ones_like(x),))
+    return value + tangent + x
+
+
+def enabled_for_good(w: Tensor, x: Tensor) -> Tensor:
+    torch.set_grad_enabled(False)
+
+    def row(x: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)
+        return x.exp()
+
+    return vmap(row)(x).detach() + torch.tanh(x @ w)
+
+
+def masked_twice(w: Tensor, x: Tensor) -> Tensor:
+    def row(x: Tensor) -> Tensor:
+        scores = (x @ w).clone()
+        with torch.no_grad():
+            scores[:1] = -torch.inf
+            scores.sub_(1.0)
+        return torch.softmax(scores, -1)
+
+    return vmap(row)(x)
+
+
+def constant_slope_of_attention(w: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        slope = grad(lambda x: F.scaled_dot_product_attention(x, x, x).square().sum())(x[None] @ w)
+    return x * slope[0]
+
+
+NO_GRAD = [
+    *(descended, constant_in_energy, enabled_again, written, decorated, enabled_in_vmap, enabled_in_jvp),
+    *(enabled_for_good, masked_twice, constant_slope_of_attention),
+]
+
+
+@pytest.mark.parametrize("model_fn", NO_GRAD)
 def test_no_grad_beside_and_inside_transforms(model_fn: Any) -> None:
     w, x = normal(3, 3), normal(2, 3, seed=1).requires_grad_()
-    (expected,) = torch.autograd.grad(model_fn(w, x)[:, 1].sum(), x)
-    assert largest_difference(lrp.attribute(model_fn, lrp.gradient())(w, x.detach(), target=1), expected) < 1e-14
+    output = model_fn(w, x)
+    (expected,) = torch.autograd.grad(output[:, 1].sum(), x)
+    relevance, value = lrp.attribute_and_value(model_fn, lrp.gradient())(w, x.detach(), target=1)
+    assert largest_difference(relevance, expected) < 1e-14
+    assert torch.equal(value, output)
+
+
+def test_derivatives_of_fused_attention_inside_the_model_are_torchs_error() -> None:
+    def slope(w: Tensor, x: Tensor) -> Tensor:
+        return grad(lambda x: F.scaled_dot_product_attention(x, x, x).square().sum())(x @ w)
+
+    with pytest.raises((RuntimeError, NotImplementedError), match="derivative for"):
+        lrp.attribute(slope, lrp.gradient())(normal(3, 3), normal(1, 2, 2, 3), target=lambda y: y)
 
 
 @pytest.mark.parametrize("network", [nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell])

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrpfunc as lrp
 from benchmarks.measure import flops, gradient, peak_memory
-from lrpfunc import _compiled, _lower
+from lrpfunc import _call, _compiled, _lower
 from tests.cases import ATTENTION_CASES, ATTENTION_COMPOSITES, ATTENTION_MODELS, COMPOSITES, MODELS, normal, randomized
 from tests.oracles import largest_difference
 
@@ -311,6 +311,11 @@ def test_bind_computes_what_is_made_of_parameters_once() -> None:
     assert saved == [2 * 5, 2 * 5]  # weights and biases
 
 
+def kept(bound: Any) -> list[frozenset[int]]:
+    """Where the tensors are that each program has from the bound parameters."""
+    return [frozenset(t.data_ptr() for t in prepared) for prepared in bound._bound._prepared.values()]
+
+
 def test_bind_keeps_what_other_shapes_share() -> None:
     _, model_fn, params, x = stack()
     relevance_fn = lrp.attribute(model_fn, lrp.epsilon_alpha2_beta1())
@@ -318,9 +323,37 @@ def test_bind_keeps_what_other_shapes_share() -> None:
     with torch.no_grad():
         for batch, target in ((x, 1), (x[:1], 1), (x, lambda y: y)):
             assert torch.equal(bound(batch, target=target), relevance_fn(params, batch, target=target))
-    every_program = [{t.data_ptr() for t in prepared} for prepared in bound._bound._prepared.values()]
-    assert len(every_program) > 2
-    assert all(kept == every_program[0] for kept in every_program)
+    assert len(kept(bound)) > 2
+    assert len(set(kept(bound))) == 1
+
+
+@pytest.mark.parametrize("lowered_first", [False, True])
+def test_bind_shares_nothing_between_precisions(lowered_first: bool) -> None:
+    """The same expression of parameters is another number inside autocast."""
+    relevance_fn = lrp.attribute(lambda p, x: (x @ (p[0] + p[1] @ p[2])).relu() @ p[3], lrp.epsilon(0.1))
+    params = [normal(*shape).float() for shape in ((3, 4), (3, 2), (2, 4), (4, 2))]
+    x, bound = normal(2, 3).float(), relevance_fn.bind(params)
+    for lower in (lowered_first, not lowered_first):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lower):
+            assert torch.equal(bound(x, target=1), relevance_fn(params, x, target=1))
+
+
+@pytest.mark.parametrize("around", [torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_bind_shares_what_is_computed_under_a_mode(around: Any) -> None:
+    def model_fn(weight: Tensor, x: Tensor) -> Tensor:
+        with around:
+            weight = (weight.clamp(min=0) @ weight.new_ones(3, 3)).float()
+        return x @ weight
+
+    bound = lrp.attribute(model_fn, lrp.epsilon(0.1)).bind(normal(4, 3).float())
+    for size in range(1, 4):
+        bound(normal(size, 4).float(), target=1)
+    assert len(kept(bound)) == 3
+    assert len(set(kept(bound))) == 1
+    expressions = len(bound._bound._expressions)
+    _call._cache._entries.clear()
+    gc.collect()
+    assert (expressions > 0, len(bound._bound._expressions), len(bound._bound._prepared)) == (True, 0, 0)
 
 
 def test_bind_is_a_snapshot_that_differentiates_the_rest() -> None:

@@ -204,8 +204,9 @@ class _Functionalizer:
         like = base.meta["val"]
         content = self.emit(overwrite, (base, new, _View(chain)), None, like) if chain else new
         if self.no_grad or any(step.target is aten.detach.default for step in chain):
-            # A tensor keeps its history when it is written to without gradients.
-            content = self.emit(assigned, (base, self.emit(aten.detach.default, (content,), None, like)), None, like)
+            # A tensor keeps its history when it is written to without gradients, however often.
+            history = base.args[0] if base.target is assigned else base
+            content = self.emit(assigned, (history, self.emit(aten.detach.default, (content,), None, like)), None, like)
             content.meta["no_grad"] = False
         self.base[root] = content
         self.version[root] += 1
@@ -300,7 +301,7 @@ class _Functionalizer:
             self._mutation(node)
         elif name in EXPANSIONS and is_float(node):
             self._expand(node, name)
-        elif name.startswith("_scaled_dot_product_") and self.trace.after_dispatch:
+        elif name.startswith("_scaled_dot_product_") and not name.endswith("_backward") and self.trace.after_dispatch:
             self._attention(node)
         else:
             self._plain(node)
@@ -459,7 +460,10 @@ class _Functionalizer:
         self.define(node, (new, self.emit(aten.ne.Scalar, (mask, 0), None, kept)))
 
     def _batch_norm(self, node: fx.Node) -> None:
-        (x, weight, bias, mean, var, training, momentum, eps, *_), _ = self._mapped(node)
+        args: Any = self._mapped(node)[0]
+        if node.target is aten._native_batch_norm_legit.no_stats:
+            args = (*args[:3], None, None, *args[3:])
+        x, weight, bias, mean, var, training, momentum, eps, *_ = args
         is_kernel = operation_name(node) in _BATCH_NORM_KERNELS
         like = node.meta["val"][0] if is_kernel else node.meta["val"]
         if not training:
