@@ -150,6 +150,10 @@ _GATED = (
 )
 
 
+class _BeginsTransform(BaseException):
+    """The model function has a transform of its own, whose levels a trace before dispatch does not see."""
+
+
 class _Watch(TorchFunctionMode):
     """Sees what a trace cannot show, and keeps it away from real tensors.
 
@@ -159,13 +163,11 @@ class _Watch(TorchFunctionMode):
     Args:
         inputs: The inputs of the trace, by the identity of the tensors that they replace.
         made: What operations returned. What is alive of it after the trace, something remembers.
-        mark: Whether to write into the trace where derivatives stop; a trace before dispatch does so by itself.
+        before_dispatch: How a model function is traced; `None` for a walk.
 
     Attributes:
-        transforms: Whether the function has transforms of its own.
         reads: Whether a number inside a tensor became part of the program.
         no_grad: Whether something was computed without gradients.
-        gated: Whether there are recurrent layers with gates.
     """
 
     _RECURRENT = ("lstm", "gru", "lstm_cell", "gru_cell")
@@ -175,27 +177,31 @@ class _Watch(TorchFunctionMode):
         *("__repr__", "__str__", "__format__", "__contains__"),
     )
 
-    def __init__(self, inputs: dict[int, Tensor], made: list[weakref.ref[Tensor]], mark: bool = False) -> None:
+    def __init__(
+        self, inputs: dict[int, Tensor], made: list[weakref.ref[Tensor]], before_dispatch: bool | None = None
+    ) -> None:
         super().__init__()
         self.inputs = inputs
         self.made = made
-        self._mark = mark
+        self.before_dispatch = before_dispatch
         self._grad_modes: dict[int, bool] = {}
-        self.transforms = False
+        self._has_transforms = False
         self.reads = False
         self.no_grad = False
-        self.gated = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.transforms |= inside_transform()
+        self._has_transforms |= inside_transform()
+        if self._has_transforms and self.before_dispatch:
+            raise _BeginsTransform
         if func is torch._C._set_grad_enabled and args[0] is False:
             self.no_grad = True
             if _is_called_by(CheckpointFunction.forward):
                 raise CaptureError(_REENTRANT)
-        if func is torch._C._set_grad_enabled and self._mark:
+        if func is torch._C._set_grad_enabled and self.before_dispatch is False:
             self._mark_grad_mode(args[0])
         name = getattr(func, "__name__", "")
-        self.gated |= name.partition(".")[0] in self._RECURRENT
+        if name.partition(".")[0] in self._RECURRENT and self.before_dispatch is False:
+            raise CaptureError(_GATED)
         if name == "_pack_padded_sequence":
             raise CaptureError(_PACKED)
         if name in self._READS and not isinstance(args[0], FakeTensor):
@@ -210,7 +216,10 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _mark_grad_mode(self, enabled: bool) -> None:
-        """Writes into the trace whether what follows has derivatives outside of all transforms of the function."""
+        """Writes into the trace what one before dispatch has by itself: whether what follows has derivatives.
+
+        It has those outside of all transforms of the function only if they are enabled on every level.
+        """
         level = grad_level()
         self._grad_modes = {k: mode for k, mode in self._grad_modes.items() if k < level} | {level: enabled}
         mode: Any = get_proxy_mode()
@@ -330,7 +339,7 @@ def _trace(
 
     def marked(tick: Tensor, *tensors: Tensor) -> list[Tensor]:
         fakes = {id(real): fake for real, fake in zip(closed, tensors, strict=False)}
-        watch = _Watch(fakes, made, mark=not before_dispatch)
+        watch = _Watch(fakes, made, before_dispatch)
         recorder = Recorder(tick)
         watches.append(watch)
         recorders.append(recorder)
@@ -386,12 +395,12 @@ def _capture(
             return trace(before_dispatch, again=True)  # the model function defines such a class when it is called
         return result
 
-    module, events, found, watch = trace(before_dispatch=True)
-    if after := watch.transforms:
-        # A trace before dispatch does not see the levels of transforms inside the model function.
-        if watch.gated:
-            raise CaptureError(_GATED)
+    try:
+        module, events, found, watch = trace(before_dispatch=True)
+        after = False
+    except _BeginsTransform:
         module, events, found, watch = trace(before_dispatch=False)
+        after = True
     constants = [node for node in module.graph.nodes if node.op == "get_attr"]
     # A constant that the function made is copied at once; any other one may be a tensor that was missed.
     values = {node.target: getattr(module, node.target) for node in constants}

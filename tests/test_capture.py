@@ -303,14 +303,23 @@ def constant_slope_of_attention(w: Tensor, x: Tensor) -> Tensor:
     return x * slope[0]
 
 
-NO_GRAD = [
+def clamped_in_energy(w: Tensor, x: Tensor) -> Tensor:
+    def energy(x: Tensor) -> Tensor:
+        y = 2 * x
+        y.clamp_(min=-1)
+        return smooth(w, y).square().sum()
+
+    return grad(energy)(x)
+
+
+BESIDE_TRANSFORMS = [
     *(descended, constant_in_energy, enabled_again, written, decorated, enabled_in_vmap, enabled_in_jvp),
-    *(enabled_for_good, masked_twice, constant_slope_of_attention),
+    *(enabled_for_good, masked_twice, constant_slope_of_attention, clamped_in_energy),
 ]
 
 
-@pytest.mark.parametrize("model_fn", NO_GRAD)
-def test_no_grad_beside_and_inside_transforms(model_fn: Any) -> None:
+@pytest.mark.parametrize("model_fn", BESIDE_TRANSFORMS)
+def test_no_grad_and_writes_beside_and_inside_transforms(model_fn: Any) -> None:
     w, x = normal(3, 3), normal(2, 3, seed=1).requires_grad_()
     output = model_fn(w, x)
     (expected,) = torch.autograd.grad(output[:, 1].sum(), x)
