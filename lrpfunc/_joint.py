@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lrpfunc._operations import aten, call, copied, operation_name
+from lrpfunc._operations import aten, call, copied, free_of_layout, operation_name
 from lrpfunc._simplify import Program
 from lrpfunc._torch import hashable, map_arg
 
@@ -81,22 +81,17 @@ def join(
             joint.constants[node.target] = getattr(traced, node.target)
         if node.op in ("call_function", "get_attr"):
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node].target = _SUBSTITUTES.get(node.target, node.target)
+        if node.op == "call_function":
+            new = copies[node]
+            new.target, new.kwargs = free_of_layout(new.target, node.args, new.kwargs)
+            if new.target is aten.copy.default:  # torch has no derivative of it
+                new.target = copied
     (output,) = (node for node in traced.graph.nodes if node.op == "output")
     results = [copies[node] for node in output.args[0]]
     joint.relevance = results[: len(results) - len(shared)]
     joint.evaluated = list(zip(map(forward.__getitem__, shared), results[len(joint.relevance) :], strict=True))
     returns(joint, (*joint.outputs, *results))
     return joint
-
-
-_SUBSTITUTES: dict[Any, Any] = {
-    # A trace has the strides of what it saw.
-    aten.view.default: aten.reshape.default,
-    aten._unsafe_view.default: aten.reshape.default,
-    # Torch has no derivative of it.
-    aten.copy.default: copied,
-}
 
 
 _UNSPEAKABLE = ("overwrite", "fused")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from torch.nn import functional as F
 from lrpfunc._torch import beyond_first_derivative, is_differentiated, vjp
 
 aten = torch.ops.aten
+
+Size = Sequence[int]
+Layout = tuple[Size, int]
+"""The strides of a tensor, and where it starts in memory."""
 
 
 def operation_name(node: fx.Node) -> str:
@@ -65,6 +69,55 @@ def filled(target: Tensor, value: Tensor | float) -> Tensor:
 def zeroed(target: Tensor) -> Tensor:
     """`target.zero_()` as a function."""
     return torch.zeros_like(target)
+
+
+def as_strided(x: Tensor, size: Size, stride: Size, storage_offset: int | None = None, *, layout: Layout) -> Tensor:
+    """What torch's would be if `x` had that layout, whichever it has."""
+    return x.reshape(-1)[_places(x, size, stride, storage_offset, layout)]
+
+
+def as_strided_scatter(
+    x: Tensor, source: Tensor, size: Size, stride: Size, storage_offset: int | None = None, *, layout: Layout
+) -> Tensor:
+    """The same for the write. Torch's has a wrong derivative, and no batching rule."""
+    places = _places(x, size, stride, storage_offset, layout)
+    return x.reshape(-1).index_put((places,), source).reshape(x.shape)
+
+
+def _places(x: Tensor, size: Size, stride: Size, offset: int | None, layout: Layout) -> Tensor:
+    """Which elements of `x`, counted in their order, lie in those places of memory."""
+    strides, start = layout
+    extent = 1 + start + sum(max(n - 1, 0) * step for n, step in zip(x.shape, strides, strict=True))
+    memory = torch.zeros(extent, dtype=torch.int64, device=x.device)
+    memory.as_strided(x.shape, strides, start).copy_(torch.arange(x.numel(), device=x.device).reshape(x.shape))
+    return memory.as_strided(size, stride, start if offset is None else offset)
+
+
+def free_of_layout(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The operation that does the same on tensors that lie in memory in another way than those that were seen.
+
+    A trace is specialised to the strides it saw. What runs, or its derivative, may choose another kernel, with others.
+
+    Args:
+        target: The operation.
+        args: Its arguments, nodes with what was seen.
+        kwargs: The same.
+
+    Returns:
+        The operation, and its keyword arguments.
+    """
+    if target in (aten.view.default, aten._unsafe_view.default):
+        return aten.reshape.default, kwargs
+    if target in _ON_MEMORY:
+        seen = args[0].meta["val"]
+        return _ON_MEMORY[target], {**kwargs, "layout": (seen.stride(), seen.storage_offset())}
+    return target, kwargs
+
+
+_ON_MEMORY: dict[Any, Any] = {
+    aten.as_strided.default: as_strided,
+    aten.as_strided_scatter.default: as_strided_scatter,
+}
 
 
 def dropout_mask(x: Tensor, p: float, name: str) -> Tensor:

@@ -429,6 +429,7 @@ IN_PLACE: dict[str, Any] = {
     "part_by_index": lambda x: (lambda y: (y.__setitem__((slice(None), 0), 2.0 * x[:, 1]), y)[1])(x * 1.0),
     "view_read_later": lambda x: (lambda y: (lambda v: (y.relu_(), v)[1] * 1.0)(y[:, :2]))(x * 1.0),
     "narrowed": lambda x: (lambda y: (y.narrow(1, 0, 2).mul_(2.0), y)[1] * 1.0)(x * 1.0),
+    "strided": lambda x: (lambda y: (y.as_strided((2, 2), (4, 2), 1).mul_(2.0), y)[1] * 1.0)(x * 1.0),
     "masked": lambda x: (x * 1.0).masked_fill_(torch.tensor([True, False, False, False]), 0.5),
     "squeezed": lambda x: (x * 1.0).unsqueeze_(0).squeeze_(0) * 1.0,
     "copied": lambda x: torch.zeros_like(x).copy_(x) * 3.0,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import lrpfunc as lrp
 from tests.cases import normal
-from tests.oracles import largest_difference
+from tests.oracles import finite_difference_error, largest_difference
 
 Body = Callable[[Any, Any], Tensor]
 
@@ -242,3 +242,72 @@ def test_custom_autograd_functions_that_do_not_show() -> None:
     rule = Written(lambda layer, message: globals()["Sev" + "ered"].apply(message.value * layer.input))
     with pytest.raises(lrp.RuleError, match=r"custom torch\.autograd\.Function\. Its backward"):
         lrp.attribute(F.relu, [(lrp.Activation, rule)], argnums=0)(normal(1, 3), target=0)
+
+
+def circular(_: Any, x: Tensor) -> Tensor:
+    return F.pad(torch.tanh(x), (1, 1, 2, 1), mode="circular").permute(0, 2, 3, 1).square()[:, 1:].sum((1, 2, 3))
+
+
+def circular_of_one_number(_: Any, x: Tensor) -> Tensor:
+    return F.pad(torch.tanh(x), (1, 1, 2, 1), mode="circular").sum((1, 2, 3)).square()
+
+
+def windows(_: Any, x: Tensor) -> Tensor:
+    return torch.tanh(x).as_strided((len(x), 4, 3), (60, 5, 2), 1).square().sum((1, 2))
+
+
+def windows_of_what_was_written(_: Any, x: Tensor) -> Tensor:
+    y = x.new_zeros(len(x), 5, 4, 3)
+    y.copy_(x.permute(0, 3, 2, 1))
+    return y.as_strided((len(x), 4, 3), (60, 5, 2), 1).square().sum((1, 2))
+
+
+def score_of_what_was_written(_: Any, x: Tensor) -> Tensor:
+    def energy(x: Tensor) -> Tensor:
+        y = x * 1.0
+        y[..., 1:3].add_(y[..., :2].clone())
+        return F.pad(y, (1, 1, 2, 1), mode="circular").sin().sum()
+
+    return torch.func.grad(energy)(x).square().sum((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "model_fn",
+    [circular, circular_of_one_number, windows, windows_of_what_was_written, score_of_what_was_written],
+    ids=lambda fn: fn.__name__,
+)
+def test_what_a_trace_saw_of_memory_decides_nothing(model_fn: Any) -> None:
+    """Writes to slices have derivatives that count places in memory, and what runs may lie there in another way."""
+    x = normal(2, 3, 4, 5)
+    relevance_fn = lrp.attribute_and_value(model_fn, lrp.gradient())
+    relevance, value = relevance_fn(None, x)
+    assert torch.equal(value, model_fn(None, x))
+    assert largest_difference(relevance, torch.func.grad(lambda x: model_fn(None, x).sum())(x)) < 1e-12
+    every = torch.vmap(lambda start: relevance_fn(None, x, target=start)[0])(torch.eye(2, dtype=x.dtype))
+    assert largest_difference(every.sum(0), relevance) < 1e-12
+    in_last_place = torch.vmap(lambda x: relevance_fn(None, x[None])[0][0], -1, -1)(x.movedim(0, -1).contiguous())
+    assert largest_difference(in_last_place.movedim(-1, 0), relevance) < 1e-12
+    assert finite_difference_error(lambda x: relevance_fn(None, x)[0].sin().sum(), x) < 1e-6
+
+
+def test_what_a_rule_writes_to_slices() -> None:
+    """Torch's derivative of such a write, `as_strided_scatter`, is wrong."""
+
+    def scaled(layer: Any, message: Any) -> Tensor:
+        def forward(x: Tensor) -> Tensor:
+            y = layer.affine(x, layer.parameters[0], None)
+            y[..., 0] *= 3
+            y[..., 1:3].add_(y[..., :2].clone())
+            return y
+
+        return layer.input * torch.func.vjp(forward, layer.input)[1](message.value.square())[0]
+
+    params, x = {"w": normal(3, 4)}, normal(2, 4)
+
+    def explained(lowered: bool) -> Callable[[Tensor], Tensor]:
+        rules = [(lrp.Dense, Written(scaled))]
+        relevance_fn = lrp.attribute(lambda p, x: F.linear(x, p["w"]), rules, lowered=lowered)
+        return lambda x: relevance_fn(params, x, target=lambda z: z).sum()
+
+    assert largest_difference(torch.func.grad(explained(True))(x), torch.func.grad(explained(False))(x)) < 1e-12
+    assert finite_difference_error(explained(True), x) < 1e-6

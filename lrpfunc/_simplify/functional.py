@@ -27,10 +27,10 @@ from lrpfunc._operations import (
     copied,
     dropout_mask,
     filled,
+    free_of_layout,
     fused,
     is_random,
     operation_name,
-    operation_name_of,
     overwrite,
     scaled_dot_product_attention,
     zeroed,
@@ -134,6 +134,16 @@ def _storages(node: fx.Node) -> set[int]:
     return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
 
 
+def _overlaps(x: Tensor) -> bool:
+    """Whether elements may share memory."""
+    reach = 0
+    for step, n in sorted((step, n) for step, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if step <= reach:
+            return True
+        reach += step * (n - 1)
+    return False
+
+
 class _Functionalizer:
     """Copies a traced graph node by node; memory that is changed in place gets a node per version.
 
@@ -196,7 +206,7 @@ class _Functionalizer:
         if root.op != "call_function":
             self._refuse(root)
         base, chain = self.base[root], self.chain[old]
-        if any(operation_name_of(step.target) in ("as_strided", "unfold", "expand") for step in chain):
+        if chain and _overlaps(chain[-1].like):
             raise CaptureError(
                 "the model function writes through a view whose elements may share memory (as_strided, unfold, "
                 "expand), where it is not clear which value stays. Write to a clone of it"
@@ -319,9 +329,7 @@ class _Functionalizer:
         if operation_name(node) in SHAPED_LIKE:  # of the other tensor, only the shape or dtype matters
             target, of = SHAPED_LIKE[operation_name(node)]
             args, kwargs = (args[0], of(node.meta["val"])), {}
-        if target in (aten.view.default, aten._unsafe_view.default):
-            # A trace is specialised to the strides it saw; derivatives may run another kernel, with other strides.
-            target = aten.reshape.default
+        target, kwargs = free_of_layout(target, node.args, kwargs)
         new = self.emit(target, args, kwargs, node.meta.get("val"))
         viewed = self._viewed(node)
         if viewed is None or self._is_result(viewed):
