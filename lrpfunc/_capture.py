@@ -12,7 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -168,6 +168,7 @@ class _Watch(TorchFunctionMode):
     Attributes:
         reads: Whether a number inside a tensor became part of the program.
         no_grad: Whether something was computed without gradients.
+        has_transforms: Whether the function has transforms of its own.
     """
 
     _RECURRENT = ("lstm", "gru", "lstm_cell", "gru_cell")
@@ -185,13 +186,13 @@ class _Watch(TorchFunctionMode):
         self.made = made
         self.before_dispatch = before_dispatch
         self._grad_modes: dict[int, bool] = {}
-        self._has_transforms = False
+        self.has_transforms = False
         self.reads = False
         self.no_grad = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._has_transforms |= inside_transform()
-        if self._has_transforms and self.before_dispatch:
+        self.has_transforms |= inside_transform()
+        if self.has_transforms and self.before_dispatch:
             raise _BeginsTransform
         if func is torch._C._set_grad_enabled and args[0] is False:
             self.no_grad = True
@@ -233,6 +234,9 @@ class _Watch(TorchFunctionMode):
         if type(value) is dict:
             return {key: self._replaced(item) for key, item in value.items()}
         return value
+
+
+_Traced = tuple[fx.GraphModule, list[Any], dict[str, Any], _Watch]
 
 
 def _fake(tensor_keys: Sequence[Any], mode: FakeTensorMode) -> list[Tensor]:
@@ -308,7 +312,7 @@ def _trace(
     closed: Sequence[Tensor],
     before_dispatch: bool,
     made: list[weakref.ref[Tensor]],
-) -> tuple[fx.GraphModule, list[Any], dict[str, Any], _Watch]:
+) -> _Traced:
     found: dict[str, Any] = {}
 
     def call(tensors: list[Tensor]) -> list[Any]:
@@ -377,12 +381,18 @@ def _capture(
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
     made: list[weakref.ref[Tensor]] = []
 
-    def trace(before_dispatch: bool, again: bool = False) -> tuple[fx.GraphModule, list[Any], dict[str, Any], _Watch]:
+    def trace(before_dispatch: bool, again: bool = False) -> _Traced | None:
         custom = {} if inline else _custom_functions()
+
+        def attempt() -> _Traced | None:
+            try:
+                traced = _trace(model_fn, static, spec, has_aux, custom, keys, closed, before_dispatch, made)
+            except _BeginsTransform:
+                return None  # the exception would keep what the trace has made
+            return None if before_dispatch and traced[-1].has_transforms else traced
+
         try:
-            result = isolated(
-                lambda: _trace(model_fn, static, spec, has_aux, custom, keys, closed, before_dispatch, made)
-            )
+            result = isolated(attempt)
         except Exception as error:
             if type(error).__name__ in _VALUE_DEPENDENT:
                 raise _explain_failure(error) from error
@@ -395,12 +405,8 @@ def _capture(
             return trace(before_dispatch, again=True)  # the model function defines such a class when it is called
         return result
 
-    try:
-        module, events, found, watch = trace(before_dispatch=True)
-        after = False
-    except _BeginsTransform:
-        module, events, found, watch = trace(before_dispatch=False)
-        after = True
+    before = trace(before_dispatch=True)
+    module, events, found, watch = before or cast(_Traced, trace(before_dispatch=False))
     constants = [node for node in module.graph.nodes if node.op == "get_attr"]
     # A constant that the function made is copied at once; any other one may be a tensor that was missed.
     values = {node.target: getattr(module, node.target) for node in constants}
@@ -415,7 +421,7 @@ def _capture(
             "or `set_`. Write torch.func.grad, or detach()"
         )
     stable = own and not watch.reads
-    return Trace(module, found["outputs"], found["aux"], events, len(closed), values, stable, after)
+    return Trace(module, found["outputs"], found["aux"], events, len(closed), values, stable, before is None)
 
 
 def retrace(

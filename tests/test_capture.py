@@ -170,6 +170,24 @@ def test_transforms_inside_the_model() -> None:
     assert largest_difference(batched(params, x), lrp.attribute(model_fn, lrp.epsilon(0.1))(params, x)) < 1e-14
 
 
+def test_transforms_that_begin_unseen() -> None:
+    def model_fn(_: None, x: Tensor) -> Tensor:
+        try:
+            return vmap(torch.relu)(x)
+        except:  # noqa: E722
+            return x
+
+    x = normal(2, 3)
+    assert torch.equal(lrp.attribute_and_value(model_fn)(None, x, target=0)[1], x.relu())
+
+
+def test_what_transforms_leave_is_gone_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search for what holds a trace's tensors goes through all objects, which other threads may be making."""
+    monkeypatch.setattr("lrpfunc._capture.forget_cached", lambda _: pytest.fail("searched"))
+    for inner in (grad(lambda x: x.sin().sum()), vmap(torch.sin), torch.func.jacrev(torch.sin)):
+        lrp.attribute(lambda _, x, inner=inner: inner(x), lrp.gradient())(None, normal(3))
+
+
 def after_dispatch(model_fn: Any) -> Any:
     """The same function with a transform inside, so that kernels are recorded where there were whole operations."""
     return lambda params, x: model_fn(params, vmap(torch.clone)(x))
@@ -442,6 +460,7 @@ IN_PLACE: dict[str, Any] = {
     "transposed_pair": lambda x: (x * 1.0).transpose_(0, 1).mul_(2) * 1.0,
     "without_gradients": lambda x: without_gradients(x * 1.0),
     "data": lambda x: (x * 1.0).data * x,
+    "no_alpha_dropout": lambda x: (lambda y: (F.alpha_dropout(y, 0.5, False).relu_(), y)[1] * 1.0)(x * 1.0),
     "no_dropout": lambda x: (lambda y: (F.dropout(y, 0.5, False).relu_(), y)[1] * 1.0)(x * 1.0),
 }
 

@@ -38,6 +38,8 @@ from lrpfunc._operations import (
 from lrpfunc._simplify.expand import EXPANSIONS
 from lrpfunc._torch import constant, map_arg
 
+_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+
 # What a trace after dispatch has in place of a batch norm, and the same where it writes to nothing.
 _BATCH_NORM_KERNELS: dict[str, Any] = {
     "native_batch_norm": aten.native_batch_norm.default,
@@ -299,6 +301,9 @@ class _Functionalizer:
             self._batch_norm(node)
         elif name == "instance_norm" and node.args[3] is not None and node.args[5]:
             self._refuse(node.args[3])  # type: ignore[arg-type]
+        elif name.removesuffix("_") in _DROPOUTS and not (node.args[1] and node.args[2]):
+            # The result is the operand itself, and a write to one is a write to both.
+            self.define_view(node, self.read(node.args[0]), node.args[0])  # type: ignore[arg-type]
         elif name in ("dropout", "feature_dropout", "dropout_", "feature_dropout_"):
             self._dropout(node, name)
         elif name == "native_dropout" and node.args[2] is not False:
@@ -447,10 +452,7 @@ class _Functionalizer:
 
     def _dropout(self, node: fx.Node, name: str) -> None:
         old: Any = node.args[0]
-        (x, p, training), _ = self._mapped(node)
-        if not training or p == 0:  # the result is the operand itself, and a write to one is a write to both
-            self.define_view(node, x, old)
-            return
+        (x, p, _), _ = self._mapped(node)
         like = node.meta["val"]
         mask = self.emit(dropout_mask, (x, p, name.removesuffix("_")), None, like)
         new = self.emit(aten.mul.Tensor, (x, mask), None, like)
