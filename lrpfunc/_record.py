@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from lrpfunc._torch import inside_transform
+from lrpfunc._torch import outside_transforms, unmapped
 
 _local = threading.local()
 
@@ -20,7 +20,8 @@ _local = threading.local()
 class Recorder:
     """Leaves markers in a trace: an `alias` of one scalar at every module's entry, and of its outputs at its exit.
 
-    Where a module has no floating-point output, its exit too is marked by the scalar.
+    Where a module has no floating-point output, its exit too is marked by the scalar, and so it is inside a transform
+    whose tensors do not exist outside of it.
 
     The markers are returned from the traced function, so that the graph's outputs tell where they stand. An alias
     taken at exit still names the value at that moment when the tensor is changed in place afterwards.
@@ -56,22 +57,21 @@ class Recorder:
             call = self._calls[path]
             self._calls[path] += 1
             self._stack.append(f"{path}@{call}" if call else path)
-            if not inside_transform():
-                self.events.append(("enter", self._stack[-1], [torch.ops.aten.alias(self.tick)], None))
+            self.events.append(("enter", self._stack[-1], [self._marker(self.tick)], None))
 
         return hook
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
         path = self._stack.pop()
-        if inside_transform():  # tensors of an inner transform must not leave it
-            return
         leaves, spec = pytree.tree_flatten(output)
-        markers = [
-            torch.ops.aten.alias(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
-            for leaf in leaves
-        ]
-        tick = torch.ops.aten.alias(self.tick) if all(marker is None for marker in markers) else None
+        floats = [leaf if isinstance(leaf, Tensor) and leaf.is_floating_point() else None for leaf in leaves]
+        markers = [None if leaf is None else self._marker(unmapped(leaf)) for leaf in floats]
+        tick = self._marker(self.tick) if all(marker is None for marker in markers) else None
         self.events.append(("exit", path, [tick, *markers], spec))
+
+    def _marker(self, tensor: Tensor | None) -> Tensor | None:
+        with outside_transforms():  # no tensor of a transform must leave it
+            return None if tensor is None else torch.ops.aten.alias(tensor)
 
 
 def current_recorder() -> Recorder | None:

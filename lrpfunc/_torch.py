@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.node import map_arg as map_arg
 
 P = ParamSpec("P")
@@ -75,6 +77,16 @@ def mapped_over(tensor: Tensor) -> frozenset[int] | None:
     return None if is_differentiated(tensor) else frozenset(levels)
 
 
+def unmapped(tensor: Tensor) -> Tensor | None:
+    """All that a tensor stands for inside of `vmap`, mapped dimensions first; `None` if that is not how it lies."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if not functorch.is_batchedtensor(tensor) or functorch.maybe_get_bdim(tensor) != 0:
+            return None
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def _has_tangent(tensor: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
@@ -83,6 +95,11 @@ def inside_transform() -> bool:
     """Whether a torch.func transform is running in this thread."""
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return functorch.peek_interpreter_stack() is not None
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[Any]:
+    """Runs what is in it as if none of them were."""
+    return temporarily_clear_interpreter_stack()
 
 
 def grad_level() -> int:

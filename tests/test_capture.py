@@ -170,6 +170,38 @@ def test_transforms_inside_the_model() -> None:
     assert largest_difference(batched(params, x), lrp.attribute(model_fn, lrp.epsilon(0.1))(params, x)) < 1e-14
 
 
+def test_layers_inside_transforms_have_names() -> None:
+    module = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
+    model_fn, params = lrp.from_module(module)
+    rules = [(lrp.name("0"), lrp.WSquare()), (lrp.name("3"), lrp.Flat()), *lrp.epsilon(0.1)]
+
+    def mapped(params: Any, x: Tensor) -> Tensor:
+        return vmap(lambda row: model_fn(params, row[None])[0])(x)
+
+    found, expected = (
+        lrp.attribute(f, rules, layers="*")(params, normal(2, 2, 6, 6), target=1) for f in (mapped, model_fn)
+    )
+    assert largest_difference(found[0], expected[0]) < 1e-14
+    assert found[1].keys() == expected[1].keys()
+    for name, relevance in found[1].items():
+        assert largest_difference(relevance.squeeze(1), expected[1][name]) < 1e-14
+
+    scores = lrp.attribute(lambda p, x: grad(lambda x: model_fn(p, x).square().sum())(x), lrp.gradient(), layers="0")
+    with pytest.raises(lrp.LayerNotFoundError):
+        scores(params, normal(2, 2, 6, 6))
+
+
+def test_tokens_of_samples_that_a_model_maps_over() -> None:
+    module = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.ReLU(), nn.Flatten(-2), nn.Linear(12, 3)).double()
+    model_fn, params = lrp.from_module(module)
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    found, expected = (
+        lrp.attribute(f, layers="0")(params, tokens, target=1)[1]["0"]
+        for f in (lambda p, tokens: vmap(lambda row: model_fn(p, row))(tokens), model_fn)
+    )
+    assert largest_difference(found, expected) < 1e-14
+
+
 def test_transforms_that_begin_unseen() -> None:
     def model_fn(_: None, x: Tensor) -> Tensor:
         try:
