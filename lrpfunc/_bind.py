@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -23,7 +24,8 @@ class BoundAttribution(nn.Module):
     def __init__(self, function: Runnable, params: Any):
         super().__init__()
         self._function = function
-        self._params = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), params)
+        with torch.inference_mode(False):  # so that derivatives can be taken later
+            self._params = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), params)
         self._bound = Bound(sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(params)))
         self.handle = register(self)
 
@@ -37,6 +39,12 @@ class BoundAttribution(nn.Module):
 
     def value(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._function.value((self._params, *args), kwargs, self._bound)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BoundAttribution:
+        """What `to`, `float` and the like call."""
+        self._params = pytree.tree_map_only(Tensor, fn, self._params)
+        self._bound = Bound(self._bound.count)
+        return super()._apply(fn, recurse)
 
     def __reduce__(self) -> Any:
         return type(self), (self._function, self._params)

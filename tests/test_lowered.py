@@ -377,6 +377,21 @@ def test_bind_is_a_snapshot_that_differentiates_the_rest() -> None:
     assert relevance.shape == case.x.shape
 
 
+def test_bind_in_inference_mode_and_conversion() -> None:
+    case = MODELS["residual"]()
+    relevance_fn = lrp.attribute(case.model_fn, lrp.epsilon_plus(0.1))
+    with torch.inference_mode():
+        bound = relevance_fn.bind(case.params)
+        bound(case.x, target=1)
+    x = case.x.clone().requires_grad_()
+    bound(x, target=1).square().sum().backward()
+    assert x.grad is not None
+
+    low = {name: tensor.detach().float() for name, tensor in case.params.items()}
+    expected = relevance_fn(low, case.x.float(), target=1)
+    assert torch.equal(bound.float()(case.x.float(), target=1), expected)
+
+
 def test_bind_refuses_what_is_explained() -> None:
     with pytest.raises(lrp.InputError, match=r"argnums=0 explains argument 0"):
         lrp.attribute(lambda x: x.relu(), lrp.epsilon(), argnums=0).bind(normal(2))
