@@ -30,6 +30,7 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[Any, ...], dict[str, Any
     "conv2d": (nn.Conv2d, (3, 4, 3), {"stride": 2, "padding": 1}, (2, 3, 7, 6)),
     "conv2d_same": (nn.Conv2d, (3, 4, (3, 2)), {"padding": "same", "dilation": (1, 2)}, (2, 3, 5, 6)),
     "conv2d_reflecting": (nn.Conv2d, (3, 4, 3), {"padding": 1, "padding_mode": "reflect"}, (2, 3, 5, 6)),
+    "conv2d_circular": (nn.Conv2d, (3, 4, 3), {"padding": (1, 2), "padding_mode": "circular"}, (2, 3, 5, 6)),
     "conv2d_grouped": (nn.Conv2d, (4, 6, (3, 2)), {"groups": 2, "padding": (2, 1)}, (2, 4, 5, 6)),
     "conv2d_depthwise": (nn.Conv2d, (3, 6, 3), {"groups": 3, "dilation": 2}, (2, 3, 7, 7)),
     "conv3d": (nn.Conv3d, (2, 3, 3), {"stride": (1, 2, 2), "padding": 1}, (2, 2, 4, 5, 5)),
