@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
+from lrpfunc._errors import CaptureError
 from lrpfunc._torch import beyond_first_derivative, is_differentiated, vjp
 
 aten = torch.ops.aten
@@ -73,24 +76,39 @@ def zeroed(target: Tensor) -> Tensor:
 
 def as_strided(x: Tensor, size: Size, stride: Size, storage_offset: int | None = None, *, layout: Layout) -> Tensor:
     """What torch's would be if `x` had that layout, whichever it has."""
-    return x.reshape(-1)[_places(x, size, stride, storage_offset, layout)]
+    return x.reshape(-1)[_places(x.shape, layout, size, stride, storage_offset, x.device)]
 
 
 def as_strided_scatter(
     x: Tensor, source: Tensor, size: Size, stride: Size, storage_offset: int | None = None, *, layout: Layout
 ) -> Tensor:
     """The same for the write. Torch's has a wrong derivative, and no batching rule."""
-    places = _places(x, size, stride, storage_offset, layout)
+    places = _places(x.shape, layout, size, stride, storage_offset, x.device)
     return x.reshape(-1).index_put((places,), source).reshape(x.shape)
 
 
-def _places(x: Tensor, size: Size, stride: Size, offset: int | None, layout: Layout) -> Tensor:
-    """Which elements of `x`, counted in their order, lie in those places of memory."""
+def _places(
+    shape: Size, layout: Layout, size: Size, stride: Size, offset: int | None, device: torch.device | str
+) -> Tensor:
+    """Which elements of a tensor, counted in their order, lie in those places of memory; -1 where none does."""
     strides, start = layout
-    extent = 1 + start + sum(max(n - 1, 0) * step for n, step in zip(x.shape, strides, strict=True))
-    memory = torch.zeros(extent, dtype=torch.int64, device=x.device)
-    memory.as_strided(x.shape, strides, start).copy_(torch.arange(x.numel(), device=x.device).reshape(x.shape))
-    return memory.as_strided(size, stride, start if offset is None else offset)
+    first = start if offset is None else offset
+    memory = torch.full((1 + max(start + _reach(shape, strides), first + _reach(size, stride)),), -1, device=device)
+    elements = torch.arange(math.prod(shape), device=device).reshape(shape)
+    memory = memory.index_put((start + _steps(shape, strides, device),), elements)
+    return memory[first + _steps(size, stride, device)]
+
+
+def _steps(shape: Size, strides: Size, device: torch.device | str) -> Tensor:
+    """How far in memory each element is from the first."""
+    steps = torch.zeros((), dtype=torch.int64, device=device)
+    for n, step in zip(shape, strides, strict=True):
+        steps = steps.unsqueeze(-1) + step * torch.arange(n, device=device)
+    return steps
+
+
+def _reach(shape: Size, strides: Size) -> int:
+    return sum(max(n - 1, 0) * step for n, step in zip(shape, strides, strict=True))
 
 
 def free_of_layout(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -105,12 +123,26 @@ def free_of_layout(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
     Returns:
         The operation, and its keyword arguments.
+
+    Raises:
+        CaptureError: If it reaches beyond what its operand holds.
     """
     if target in (aten.view.default, aten._unsafe_view.default):
         return aten.reshape.default, kwargs
     if target in _ON_MEMORY:
         seen = args[0].meta["val"]
-        return _ON_MEMORY[target], {**kwargs, "layout": (seen.stride(), seen.storage_offset())}
+        layout = seen.stride(), seen.storage_offset()
+        size, stride, offset = (
+            _argument_of(target, args, kwargs, name) for name in ("size", "stride", "storage_offset")
+        )
+        with _disable_current_modes():
+            beyond = bool((_places(seen.shape, layout, size, stride, offset, "cpu") < 0).any())
+        if beyond:
+            raise CaptureError(
+                f"as_strided reads memory beyond the tensor of shape {tuple(seen.shape)} that it is called on, such as "
+                "more of what that is a view of. Call it on the whole tensor"
+            )
+        return _ON_MEMORY[target], {**kwargs, "layout": layout}
     return target, kwargs
 
 
@@ -313,11 +345,14 @@ def call(node: fx.Node, args: Any, kwargs: Any, *, exact: bool | None = None) ->
 
 def _argument(node: fx.Node, name: str) -> Any:
     """The argument of that name, `None` if it is left to its default."""
-    target: Any = node.target
+    return _argument_of(node.target, node.args, node.kwargs, name)
+
+
+def _argument_of(target: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Any:
     schema = getattr(target, "_schema", None)
     order = [a.name for a in schema.arguments] if schema else list(inspect.signature(target).parameters)
-    position = order.index(name) if name in order else len(node.args)
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+    position = order.index(name) if name in order else len(args)
+    return args[position] if position < len(args) else kwargs.get(name)
 
 
 def is_random(node: fx.Node) -> bool:

@@ -290,6 +290,20 @@ def test_what_a_trace_saw_of_memory_decides_nothing(model_fn: Any) -> None:
     assert finite_difference_error(lambda x: relevance_fn(None, x)[0].sin().sum(), x) < 1e-6
 
 
+def test_memory_is_read_the_same_where_a_compiler_looks_on() -> None:
+    x = normal(2, 3, 4, 5)
+    expected = lrp.attribute(circular, lrp.gradient())(None, x)
+    compiled = torch.compile(lrp.attribute(circular, lrp.gradient()), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(None, x), expected)
+    exported = torch.export.export(lrp.attribute(circular, lrp.gradient()).bind(None), (x,))
+    assert torch.equal(exported.module()(x), expected)
+
+
+def test_memory_beyond_a_view_is_refused() -> None:
+    with pytest.raises(lrp.CaptureError, match=r"beyond the tensor of shape \(3, 4\)"):
+        lrp.attribute(lambda x: x.tanh()[:, 1:].as_strided((3, 4), (5, 1), 0), argnums=0)(normal(3, 5), target=0)
+
+
 def test_what_a_rule_writes_to_slices() -> None:
     """Torch's derivative of such a write, `as_strided_scatter`, is wrong."""
 
