@@ -18,7 +18,7 @@ import torchvision
 
 import lrpfunc as lrp
 from benchmarks.measure import ratios, seconds
-from lrpfunc._transform import captured
+from lrpfunc._capture.capture import capture
 
 
 def duration(fn: Callable[[], Any]) -> float:
@@ -40,7 +40,8 @@ def report(name: str) -> str:
 
     first, later = (duration(lambda: batch(x[:1])) for _ in range(2))
     other = duration(lambda: batch(x[:2]))
-    found = min(duration(lambda: captured(relevance_fn, (params, x[:2]), {})) for _ in range(20))
+    known = (model_fn, (params, x[:2]), {})
+    found = min(duration(lambda: capture(*known, has_aux=False, inline=False)) for _ in range(20))
     samples(x[:1])
     mapped = duration(lambda: samples(x[:2]))
     taken = seconds({"batch": lambda: batch(x), "samples": lambda: samples(x)}, 5)

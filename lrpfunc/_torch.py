@@ -1,16 +1,61 @@
-"""What lrpfunc uses of torch that torch does not type or export, in one place."""
+"""What lrpfunc uses of torch that torch does not type or export, in one place.
+
+Each private name says what it is for, and what would replace it. `tests/test_torch.py` lists those that are missing in
+another version of torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-import torch.utils._pytree as pytree
+import torch.fx.graph
+import torch.utils._python_dispatch
 from torch import Tensor, fx
+
+# Runs code outside of the transforms around it, to mark where modules begin and end. Nothing public does.
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+# An operation of a recorded graph, to tell it from Python functions. `torch.library` may export it one day.
+from torch._ops import OpOverload as OpOverload
+
+# Tensors without data, which a model function is recorded on. `torch.export` makes its own, and exports neither.
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+
+# Prints a tensor with all its digits, as code. `torch.set_printoptions` would change them for everybody.
+from torch._tensor_str import printoptions as printoptions
+
+# The recorder. `torch.export.export(strict=False)` is its public face, for modules and whole operations only.
+from torch.fx.experimental.proxy_tensor import get_proxy_mode as get_proxy_mode
+from torch.fx.experimental.proxy_tensor import make_fx as make_fx
+
+# Without one, fake tensors refuse operations whose shape depends on numbers with an error that says less.
+from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
+
+# Documented for graph passes, but not typed.
 from torch.fx.node import map_arg as map_arg
+
+# Tells a reentrant checkpoint, which no trace can see through, from other code under `no_grad`.
+from torch.utils.checkpoint import CheckpointFunction as CheckpointFunction
+
+from lrpfunc import _tree as tree
+
+aten: Any = torch.ops.aten
+
+# Programs that take a list and empty it, so that each tensor is freed after its last use. AOTAutograd's own.
+BoxedCodeGen: Any = torch.fx.graph._BoxedCodeGen
+
+# Runs an operation on real numbers while a model function is recorded. Nothing public does.
+disable_current_modes: Any = torch.utils._python_dispatch._disable_current_modes
+
+# What a recorded graph calls where the gradient mode changes. `torch.set_grad_enabled` is a class around it.
+set_grad_enabled: Any = torch._C._set_grad_enabled
+
+# The levels of `vmap`, `grad` and `jvp` around a tensor. `torch.func` exports transforms, and no way to ask for them.
+functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,7 +85,6 @@ def constant(tensors: Iterable[Any]) -> list[Any]:
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a torch.func transform that is running has wrapped the tensor."""
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -53,7 +97,6 @@ def is_differentiated(tensor: Any) -> bool:
 
 def beyond_first_derivative(tensor: Tensor) -> bool:
     """Whether `tensor` is under several derivatives, a forward derivative or a `vmap`."""
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if _has_tangent(tensor):
         return True
     levels = 0
@@ -67,7 +110,6 @@ def beyond_first_derivative(tensor: Tensor) -> bool:
 
 def mapped_over(tensor: Tensor) -> frozenset[int] | None:
     """The levels of `vmap` that a tensor is mapped over; `None` if somebody may take derivatives of it."""
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     levels: set[int] = set()
     while functorch.is_functorch_wrapped_tensor(tensor):
         if not functorch.is_batchedtensor(tensor):
@@ -79,7 +121,6 @@ def mapped_over(tensor: Tensor) -> frozenset[int] | None:
 
 def unmapped(tensor: Tensor) -> Tensor | None:
     """All that a tensor stands for inside of `vmap`, mapped dimensions first; `None` if that is not how it lies."""
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     while functorch.is_functorch_wrapped_tensor(tensor):
         if not functorch.is_batchedtensor(tensor) or functorch.maybe_get_bdim(tensor) != 0:
             return None
@@ -93,7 +134,6 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 def inside_transform() -> bool:
     """Whether a torch.func transform is running in this thread."""
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return functorch.peek_interpreter_stack() is not None
 
 
@@ -104,7 +144,6 @@ def outside_transforms() -> contextlib.AbstractContextManager[Any]:
 
 def grad_level() -> int:
     """How many `grad`, `vjp` and the like are running in this thread; others have no grad mode of their own."""
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     stack = functorch.get_interpreter_stack() or ()
     return sum(interpreter.key() == functorch.TransformType.Grad for interpreter in stack)
 
@@ -118,5 +157,32 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[...,
 def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
     """The derivative in a direction, as the VJP of the VJP: more operations have that than forward derivatives."""
     output, pullback = vjp(function, *primals)
-    cotangent = pytree.tree_map(torch.zeros_like, output)
+    cotangent = tree.map(torch.zeros_like, output)
     return vjp(pullback, cotangent)[1](tangents)[0]
+
+
+def global_forward_hooks() -> Iterator[int]:
+    """What tells the hooks apart that all modules run.
+
+    `register_module_forward_hook` is public, and says nothing of those that are registered.
+    """
+    module: Any = torch.nn.modules.module
+    yield from (*module._global_forward_hooks, *module._global_forward_pre_hooks)
+
+
+def schema(target: Any) -> Any:
+    """What torch declares of an operation: its arguments, and which of them it writes to; `None` for functions.
+
+    `OpOverload` has it under a private name, and `torch.library.infer_schema` is for functions of one's own.
+    """
+    return target._schema if isinstance(target, OpOverload) else None
+
+
+def overload_name(target: Any) -> str:
+    """The `dtype` of `aten.view.dtype`; `str(target)` has it too, with the rest."""
+    return target._overloadname if isinstance(target, OpOverload) else ""
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tells the memory of a tensor apart, also of one without data; `data_ptr` is only for those that have."""
+    return tensor.untyped_storage()._cdata

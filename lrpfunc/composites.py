@@ -8,11 +8,9 @@ from typing import final
 
 from torch import Tensor
 
-from lrpfunc._equality import Description
 from lrpfunc._errors import RuleError
-from lrpfunc._layer import Kind, Layer
-from lrpfunc._message import Stabilizer
-from lrpfunc._select import (
+from lrpfunc._layers.layer import Kind, Layer
+from lrpfunc._layers.select import (
     Activation,
     Attention,
     AvgPool,
@@ -33,26 +31,19 @@ from lrpfunc._select import (
     Sum,
     first,
 )
-from lrpfunc.rules import (
-    AlphaBeta,
-    Epsilon,
-    Flat,
-    Gamma,
-    Gradient,
-    Norm,
-    Pass,
-    ReLUBetaSmooth,
-    ReLUDeconvNet,
-    ReLUGuidedBackprop,
-    Rule,
-    SignalTakesAll,
-    Stop,
-    TaylorSoftmax,
-    Uniform,
-    ZBox,
-    ZPlus,
-)
-from lrpfunc.rules._rule import ZeroParams
+from lrpfunc.rules._equality import Description
+from lrpfunc.rules._message import Stabilizer
+from lrpfunc.rules._rule import Rule, ZeroParams
+from lrpfunc.rules.alpha_beta import AlphaBeta
+from lrpfunc.rules.elementwise import Pass, ReLUBetaSmooth, ReLUDeconvNet, ReLUGuidedBackprop
+from lrpfunc.rules.epsilon import Epsilon, Norm
+from lrpfunc.rules.flat import Flat
+from lrpfunc.rules.gamma import Gamma
+from lrpfunc.rules.generic import Gradient, Stop, Uniform
+from lrpfunc.rules.signal import SignalTakesAll
+from lrpfunc.rules.softmax import TaylorSoftmax
+from lrpfunc.rules.zbox import ZBox
+from lrpfunc.rules.zplus import ZPlus
 
 Entry = tuple[Callable[[Layer], bool], Rule]
 Stab = float | Tensor | Stabilizer
@@ -104,10 +95,15 @@ class Composite(Description):
 
     def rule_for(self, layer: Layer) -> Rule | None:
         """The rule of the first entry that matches."""
-        rule = next((rule for selector, rule in self.entries if selector(layer)), None)
+        place = self.place_for(layer)
+        rule = None if place is None else self.entries[place][1]
         if layer.kind is Kind.ATTENTION and (rule or self.cotangent):
             self._check_softmax_inside(layer, rule or Gradient())
         return rule
+
+    def place_for(self, layer: Layer) -> int | None:
+        """The place of the first entry that matches."""
+        return next((place for place, (selector, _) in enumerate(self.entries) if selector(layer)), None)
 
     def _check_softmax_inside(self, attention: Layer, rule: Rule) -> None:
         """Refuses an entry for softmax that decides where attention is written out, and not where it is fused."""

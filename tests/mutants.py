@@ -12,9 +12,12 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
 import lrpfunc as lrp
-from lrpfunc import _graph, _message, _propagate
-from lrpfunc._message import Message, divide
-from lrpfunc._simplify.merge import Affine
+from lrpfunc._layers import cover
+from lrpfunc._layers.affine import Affine
+from lrpfunc._ops.functions import batch_norm_eval
+from lrpfunc._walk import propagate
+from lrpfunc.rules import _message
+from lrpfunc.rules._message import Message, divide
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,17 +225,17 @@ Break = Callable[[pytest.MonkeyPatch], None]
 
 def fold_across_branches(patch: pytest.MonkeyPatch) -> None:
     """A batch norm is merged with the layer before it whoever else uses that, and everybody gets the merged weights."""
-    right = _graph._Cover._merged_affines
+    right = cover.Cover._merged_affines
 
-    def wrong(cover: Any) -> dict[Any, Affine]:
-        affines = right(cover)
+    def wrong(covered: Any) -> dict[Any, Affine]:
+        affines = right(covered)
         for node, found in list(affines.items()):
-            folded = next((u for u in node.users if u.target is _graph.ops.batch_norm_eval), None)
+            folded = next((u for u in node.users if u.target is batch_norm_eval), None)
             if folded is not None and found.batch_norm is None:
                 affines[node] = _Folded(found, folded)
         return affines
 
-    patch.setattr(_graph._Cover, "_merged_affines", wrong)
+    patch.setattr(cover.Cover, "_merged_affines", wrong)
 
 
 class _Folded(Affine):
@@ -251,12 +254,12 @@ def _plain(affine: Affine) -> Affine:
 
 def everything_is_nonnegative(patch: pytest.MonkeyPatch) -> None:
     """Rules leave out the branch for negative inputs everywhere."""
-    patch.setattr(_graph, "nonnegative", lambda program: set(program.graph.nodes))
+    patch.setattr(cover, "nonnegative", lambda program: set(program.graph.nodes))
 
 
 def last_message_wins(patch: pytest.MonkeyPatch) -> None:
     """Where two paths meet, the walk keeps one of the messages."""
-    patch.setattr(_propagate, "add", lambda messages, activation: list(messages)[-1])
+    patch.setattr(propagate, "add", lambda messages, activation: list(messages)[-1])
 
 
 def quotients_are_detached(patch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lrpfunc as lrp
-from lrpfunc._environment import Environment
+from lrpfunc._capture.environment import Environment
 from tests.cases import ATTENTION_MODELS, MODELS, Residual, normal, randomized
 from tests.oracles import largest_difference, plain_vjp
 
@@ -215,7 +215,7 @@ def test_transforms_that_begin_unseen() -> None:
 
 def test_what_transforms_leave_is_gone_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search for what holds a trace's tensors goes through all objects, which other threads may be making."""
-    monkeypatch.setattr("lrpfunc._capture.forget_cached", lambda _: pytest.fail("searched"))
+    monkeypatch.setattr("lrpfunc._capture.trace.forget_cached", lambda _: pytest.fail("searched"))
     for inner in (grad(lambda x: x.sin().sum()), vmap(torch.sin), torch.func.jacrev(torch.sin)):
         lrp.attribute(lambda _, x, inner=inner: inner(x), lrp.gradient())(None, normal(3))
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, stack_module_state, vmap
 
 import lrpfunc as lrp
-from lrpfunc import _lower
-from lrpfunc._cut import cut
+from lrpfunc._lower import lower
+from lrpfunc._lower.cut import cut
 from tests.cases import (
     ATTENTION_CASES,
     ATTENTION_COMPOSITES,
@@ -124,7 +124,7 @@ def test_one_target_a_sample_inside_vmap() -> None:
 
 def test_one_recording_serves_batches_of_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     case, made = MODELS["residual"](), []
-    monkeypatch.setattr(_lower, "cut", lambda *args, **kwargs: made.append(1) or cut(*args, **kwargs))
+    monkeypatch.setattr(lower, "cut", lambda *args, **kwargs: made.append(1) or cut(*args, **kwargs))
     fn = lrp.attribute(case.model_fn, lrp.epsilon(0.125))
     one_sample = vmap(lambda x, t: fn(case.params, x[None], target=t)[0])
     for size in (2, 1, 3):

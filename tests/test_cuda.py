@@ -7,7 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 
 import lrpfunc as lrp
-from lrpfunc._capture import isolated
+from lrpfunc._capture.isolation import isolated
 from tests.cases import ATTENTION_MODELS, MODELS
 from tests.oracles import largest_difference
 

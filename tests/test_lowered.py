@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrpfunc as lrp
 from benchmarks.measure import flops, gradient, peak_memory
-from lrpfunc import _call, _compiled, _lower
+from lrpfunc._api import dynamo
+from lrpfunc._capture import capture
+from lrpfunc._lower import lower
 from tests.cases import ATTENTION_CASES, ATTENTION_COMPOSITES, ATTENTION_MODELS, COMPOSITES, MODELS, normal, randomized
 from tests.oracles import largest_difference
 
@@ -215,7 +217,7 @@ def test_segments_change_no_number(model: str) -> None:
 def test_a_program_is_made_once_for_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     w, x = normal(3, 2), normal(4, 3)
     made: list[Any] = []
-    monkeypatch.setattr(_lower, "_joint", lambda *args, make=_lower._joint: made.append(args) or make(*args))
+    monkeypatch.setattr(lower, "_joint", lambda *args, make=lower._joint: made.append(args) or make(*args))
 
     def model_fn(w: Tensor, x: Tensor) -> Tensor:
         return x @ w
@@ -333,8 +335,8 @@ def test_bind_shares_nothing_between_precisions(lowered_first: bool) -> None:
     relevance_fn = lrp.attribute(lambda p, x: (x @ (p[0] + p[1] @ p[2])).relu() @ p[3], lrp.epsilon(0.1))
     params = [normal(*shape).float() for shape in ((3, 4), (3, 2), (2, 4), (4, 2))]
     x, bound = normal(2, 3).float(), relevance_fn.bind(params)
-    for lower in (lowered_first, not lowered_first):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lower):
+    for autocast in (lowered_first, not lowered_first):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             assert torch.equal(bound(x, target=1), relevance_fn(params, x, target=1))
 
 
@@ -351,7 +353,7 @@ def test_bind_shares_what_is_computed_under_a_mode(around: Any) -> None:
     assert len(kept(bound)) == 3
     assert len(set(kept(bound))) == 1
     expressions = len(bound._bound._expressions)
-    _call._cache._entries.clear()
+    capture._programs._entries.clear()
     gc.collect()
     assert (expressions > 0, len(bound._bound._expressions), len(bound._bound._prepared)) == (True, 0, 0)
 
@@ -522,11 +524,11 @@ def test_what_compiling_remembers_is_forgotten_with_the_function() -> None:
     relevance_fn = lrp.attribute(lambda w, x: x @ w, lrp.epsilon())
     torch.compile(relevance_fn, fullgraph=True, backend="eager")(normal(3, 2), normal(1, 3), target=1)
     handle = relevance_fn.handle
-    assert handle in _compiled._results
+    assert handle in dynamo._results
     del relevance_fn
     torch.compiler.reset()
     gc.collect()
-    assert handle not in _compiled._results
+    assert handle not in dynamo._results
 
 
 @pytest.mark.parametrize(("models", "model", "rules"), BOTH)

@@ -10,9 +10,20 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, fx
 
-from lrpfunc._equality import Description
-from lrpfunc._layer import BoundLayer, Layer
-from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer, add, as_stabilizer, carried, divide, scale
+from lrpfunc._layers.bound import BoundLayer
+from lrpfunc._layers.layer import Layer
+from lrpfunc.rules._equality import Description
+from lrpfunc.rules._message import (
+    Message,
+    Multiplier,
+    Relevance,
+    Stabilizer,
+    add,
+    as_stabilizer,
+    carried,
+    divide,
+    scale,
+)
 
 Form = Literal["relevance", "multiplier", "either"]
 ZeroParams = str | Iterable[str] | None

@@ -9,8 +9,9 @@ from typing import final
 from torch import Tensor
 
 from lrpfunc._errors import RuleError
-from lrpfunc._layer import BoundLayer, Layer
-from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer
+from lrpfunc._layers.bound import BoundLayer
+from lrpfunc._layers.layer import Layer
+from lrpfunc.rules._message import Message, Multiplier, Relevance, Stabilizer
 from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_parameters, negative, of_bias, positive
 
 

@@ -9,10 +9,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from lrpfunc._layer import BoundLayer, Kind, Layer
-from lrpfunc._message import Message, Multiplier, Relevance, divide
-from lrpfunc._operations import HOMOGENEOUS
+from lrpfunc._layers.bound import BoundLayer
+from lrpfunc._layers.layer import Kind, Layer
+from lrpfunc._ops.table import HOMOGENEOUS
 from lrpfunc._torch import vjp
+from lrpfunc.rules._message import Message, Multiplier, Relevance, divide
 from lrpfunc.rules._rule import Form, Rule, where_positive
 
 

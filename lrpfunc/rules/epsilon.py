@@ -7,8 +7,9 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from lrpfunc._layer import BoundLayer, Layer
-from lrpfunc._message import Message, Multiplier, Stabilizer, as_stabilizer, carried
+from lrpfunc._layers.bound import BoundLayer
+from lrpfunc._layers.layer import Layer
+from lrpfunc.rules._message import Message, Multiplier, Stabilizer, as_stabilizer, carried
 from lrpfunc.rules._rule import Form, Quotient, Rule, ZeroParams, kept, named, needs_linear, needs_parameters
 
 

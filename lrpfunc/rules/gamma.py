@@ -8,8 +8,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from lrpfunc._layer import BoundLayer, Layer
-from lrpfunc._message import Message, Multiplier, Relevance, Stabilizer
+from lrpfunc._layers.bound import BoundLayer
+from lrpfunc._layers.layer import Layer
+from lrpfunc.rules._message import Message, Multiplier, Relevance, Stabilizer
 from lrpfunc.rules._rule import (
     Form,
     Quotient,

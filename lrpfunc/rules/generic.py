@@ -8,8 +8,9 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, fx
 
-from lrpfunc._layer import BoundLayer, Kind, Layer
-from lrpfunc._message import Message, Multiplier, Relevance, carried
+from lrpfunc._layers.bound import BoundLayer
+from lrpfunc._layers.layer import Kind, Layer
+from lrpfunc.rules._message import Message, Multiplier, Relevance, carried
 from lrpfunc.rules._plumbing import Linear
 from lrpfunc.rules._rule import Form, Rule, batched_sum_to
 

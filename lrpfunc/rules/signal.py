@@ -8,8 +8,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, fx
 
-from lrpfunc._layer import BoundLayer, Kind, Layer, Role
-from lrpfunc._message import Message, Multiplier, carried
+from lrpfunc._layers.bound import BoundLayer
+from lrpfunc._layers.layer import Kind, Layer, Role
+from lrpfunc.rules._message import Message, Multiplier, carried
 from lrpfunc.rules._rule import Form, Rule
 
 

@@ -8,8 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lrpfunc._layer import BoundLayer, Kind, Layer
-from lrpfunc._message import Message, Relevance, Stabilizer
+from lrpfunc._layers.bound import BoundLayer
+from lrpfunc._layers.layer import Kind, Layer
+from lrpfunc.rules._message import Message, Relevance, Stabilizer
 from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_parameters, negative, of_bias, positive
 
 

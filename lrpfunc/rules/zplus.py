@@ -7,8 +7,9 @@ from typing import final
 
 from torch import Tensor
 
-from lrpfunc._layer import BoundLayer, Layer
-from lrpfunc._message import Message, Stabilizer
+from lrpfunc._layers.bound import BoundLayer
+from lrpfunc._layers.layer import Layer
+from lrpfunc.rules._message import Message, Stabilizer
 from lrpfunc.rules._rule import Rule, ZeroParams, named, needs_parameters
 from lrpfunc.rules.alpha_beta import AlphaBeta
 

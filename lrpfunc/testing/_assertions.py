@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import vmap
 
 import lrpfunc as lrp
+from lrpfunc import _tree as tree
 from lrpfunc._torch import vjp
 from lrpfunc.composites import as_composite
 from lrpfunc.testing._numbers import (
@@ -65,15 +65,15 @@ def assert_gradient_equivalence(
     trained, untrained = split(params)
     _, plain = vjp(lambda p, x: model_fn(joined(p, untrained), x), trained, x)
     output, pullback = lrp.vjp(model_fn, lrp.gradient(), params, x, argnums=(0, 1))
-    cotangent = pytree.tree_map(probe, output)
+    cotangent = tree.map(probe, output)
     ours, theirs = pullback(cotangent), plain(cotangent)
     close(split(ours[0])[0], theirs[0], tolerance, ("gradient()", "torch.func.vjp for the parameters"))
     close(ours[1], theirs[1], tolerance, ("gradient()", "torch.func.vjp for the input"))
     _assert_value(model_fn, params, x, rules, lowered)
     if homogeneous:
         _, lrp_0 = lrp.vjp(model_fn, [(lrp.Activation, lrp.Pass())], params, x)
-        product = pytree.tree_map(torch.mul, x, vjp(lambda x: model_fn(params, x), x)[1](cotangent)[0])
-        start = pytree.tree_map(torch.mul, output, cotangent)
+        product = tree.map(torch.mul, x, vjp(lambda x: model_fn(params, x), x)[1](cotangent)[0])
+        start = tree.map(torch.mul, output, cotangent)
         close(lrp_0(start), product, tolerance, ("LRP-0", "input times gradient"))
 
 
@@ -81,10 +81,10 @@ def _assert_value(model_fn: ModelFn, params: Any, x: Any, rules: Any, lowered: b
     trained, untrained = split(params)
     fn = lrp.attribute_and_value(model_fn, rules, lowered=lowered)
     _, value = fn(params, x)
-    for ours, theirs in zip(pytree.tree_leaves(value), pytree.tree_leaves(model_fn(params, x)), strict=True):
+    for ours, theirs in zip(tree.leaves(value), tree.leaves(model_fn(params, x)), strict=True):
         if not torch.equal(ours, theirs):
             raise PropertyError(f"the value is not the model's own: it differs by {difference(ours, theirs):.1e}")
-    cotangent = pytree.tree_map(probe, value)
+    cotangent = tree.map(probe, value)
     _, pullback = vjp(lambda p: fn(joined(p, untrained), x)[1], trained)
     _, plain = vjp(lambda p: model_fn(joined(p, untrained), x), trained)
     close(pullback(cotangent), plain(cotangent), ROUNDING, ("gradients of the value", "gradients of the model"))
@@ -122,12 +122,12 @@ def assert_vmap_equals_loop(
     fn = lrp.attribute(model_fn, rules, lowered=lowered)
 
     def check(over: str, function: Callable[[Any], Any], values: Any) -> None:
-        tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in tree.leaves(values) if isinstance(leaf, Tensor)]
         if not tensors:
             return
-        looped = [function(pytree.tree_map_only(Tensor, lambda v, i=i: v[i], values)) for i in range(len(tensors[0]))]
-        expected = pytree.tree_map(lambda *parts: torch.stack(parts), *looped)
-        axes = pytree.tree_map(lambda v: 0 if isinstance(v, Tensor) else None, values)
+        looped = [function(tree.map_only(Tensor, lambda v, i=i: v[i], values)) for i in range(len(tensors[0]))]
+        expected = tree.map(lambda *parts: torch.stack(parts), *looped)
+        axes = tree.map(lambda v: 0 if isinstance(v, Tensor) else None, values)
         close(vmap(function, in_dims=(axes,))(values), expected, tolerance, (f"vmap over {over}", "a loop"))
 
     check("inputs", lambda x: fn(params, x, target=target), scaled(x, [1.0, -0.5]))
@@ -267,14 +267,14 @@ def assert_pure(
     if changed:
         raise PropertyError(f"the call has changed {', '.join(changed)}")
     second = lrp.attribute(model_fn, rules, lowered=lowered)(params, x, target=target)
-    for one, other in zip(pytree.tree_leaves(first), pytree.tree_leaves(second), strict=True):
+    for one, other in zip(tree.leaves(first), tree.leaves(second), strict=True):
         if not identical(one, other):
             raise PropertyError(f"two calls with the same arguments differ by {difference(one, other):.1e}")
 
 
 def _state(params: Any, x: Any, rules: Any) -> dict[str, Any]:
-    leaves = pytree.tree_flatten_with_path({"input": x, "parameters": params})[0]
-    tensors = [(pytree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+    leaves = tree.flatten_with_path({"input": x, "parameters": params})[0]
+    tensors = [(tree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
     entries = [] if rules is None else as_composite(rules).entries
     return {
         **{name: (leaf, leaf._version, leaf.detach().clone(), leaf.grad) for name, leaf in tensors},
@@ -315,10 +315,10 @@ def assert_linear_in_relevance(
         >>> assert_linear_in_relevance(*Net((Linear(2),)).case())
     """
     output, pullback = lrp.vjp(model_fn, rules, params, x)
-    one, other = pytree.tree_map(probe, output), pytree.tree_map(lambda o: probe(o).square() - 0.3, output)
-    both = pullback(pytree.tree_map(lambda a, b: 2 * a - 3 * b, one, other))
-    apart = [pytree.tree_map(lambda r, f=f: f * r, pullback(start)) for f, start in ((2, one), (-3, other))]
-    close(both, pytree.tree_map(torch.add, *apart), tolerance, ("relevance of a sum", "the sum of relevances"), apart)
+    one, other = tree.map(probe, output), tree.map(lambda o: probe(o).square() - 0.3, output)
+    both = pullback(tree.map(lambda a, b: 2 * a - 3 * b, one, other))
+    apart = [tree.map(lambda r, f=f: f * r, pullback(start)) for f, start in ((2, one), (-3, other))]
+    close(both, tree.map(torch.add, *apart), tolerance, ("relevance of a sum", "the sum of relevances"), apart)
 
 
 def assert_lowered_equals_walk(
@@ -344,7 +344,7 @@ def assert_lowered_equals_walk(
     """
     flat, walk = (lrp.attribute_and_value(model_fn, rules, lowered=lowered) for lowered in (True, False))
     for differentiated in (False, True):
-        given = pytree.tree_map(lambda t, d=differentiated: t.detach().requires_grad_(d), x)
+        given = tree.map(lambda t, d=differentiated: t.detach().requires_grad_(d), x)
         found, expected = (fn(params, given, target=target) for fn in (flat, walk))
         how = "differentiated" if differentiated else "plain"
         close(found, expected, tolerance, (f"the {how} lowered relevance", "the walk's"))

@@ -8,10 +8,9 @@ from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from torch._tensor_str import printoptions
-
 import lrpfunc as lrp
-from lrpfunc._target import Contrast, OneHot
+from lrpfunc._api.target import Contrast, OneHot
+from lrpfunc._torch import printoptions
 from lrpfunc.composites import Composite, Entry, as_composite
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import grad, jvp
 
 import lrpfunc as lrp
+from lrpfunc import _tree as tree
 from lrpfunc.testing._hyperparameters import hyperparameters
 from lrpfunc.testing._numbers import PropertyError, require_float64
 
@@ -104,7 +104,7 @@ def assert_exact_derivatives(
         fn = lrp.attribute(model_fn, rebuild(at["rules"]), lowered=lowered)
         return _scalar(fn(at["parameters"], at["input"], target=target))
 
-    at = pytree.tree_map_only(Tensor, torch.Tensor.detach, {"input": x, "parameters": params, "rules": held})
+    at = tree.map_only(Tensor, torch.Tensor.detach, {"input": x, "parameters": params, "rules": held})
     groups = [["input", "parameters", "rules"], ["input"], ["parameters"], ["rules"]]
     for group in groups:
         parts = _parts(at, group, seed)
@@ -116,7 +116,7 @@ def assert_exact_derivatives(
 
 def _scalar(relevance: Any) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
-    for leaf in pytree.tree_leaves(relevance):
+    for leaf in tree.leaves(relevance):
         probe = torch.linspace(-1, 1.5, leaf.numel(), dtype=leaf.dtype).reshape(leaf.shape)
         total = total + (leaf * probe).sum() + leaf.square().sum()
     return total
@@ -125,10 +125,10 @@ def _scalar(relevance: Any) -> Tensor:
 def _parts(at: Any, groups: Sequence[str], seed: int) -> list[Part]:
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    for path, leaf in pytree.tree_flatten_with_path(at)[0]:
-        name = pytree.keystr(path)
+    for path, leaf in tree.flatten_with_path(at)[0]:
+        name = tree.keystr(path)
         if (
-            pytree.key_get({group: group for group in at}, path[:1]) in groups
+            tree.key_get({group: group for group in at}, path[:1]) in groups
             and isinstance(leaf, Tensor)
             and leaf.is_floating_point()
         ):
@@ -145,10 +145,10 @@ class Along:
     parts: list[Part]
 
     def __call__(self, tensors: list[Tensor]) -> Tensor:
-        paths, spec = pytree.tree_flatten_with_path(self.at)
+        paths, spec = tree.flatten_with_path(self.at)
         moved = dict(zip((part.name for part in self.parts), tensors, strict=True))
-        leaves = [moved.get(pytree.keystr(path), leaf) for path, leaf in paths]
-        return self.scalar(pytree.tree_unflatten(leaves, spec))
+        leaves = [moved.get(tree.keystr(path), leaf) for path, leaf in paths]
+        return self.scalar(tree.unflatten(leaves, spec))
 
     def estimate(self, of: list[Part]) -> Estimate | None:
         """The derivative along the directions of some parts, by the first step that can be trusted."""

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lrpfunc._message import Stabilizer
 from lrpfunc.composites import Composite, as_composite
 from lrpfunc.rules import Rule
+from lrpfunc.rules._message import Stabilizer
 
 T = TypeVar("T")
 

@@ -1,0 +1,50 @@
+"""A relevance function with its parameters bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from lrpfunc import _tree as tree
+from lrpfunc._api.dynamo import Runnable, call_in_graph, register
+from lrpfunc._api.target import Contrast, OneHot, Target
+from lrpfunc._lower.bound import Bound
+
+
+@final
+class BoundAttribution(nn.Module):
+    """What `bind` returns: a function of the remaining arguments, and a module, so that torch.export takes it.
+
+    It holds copies of the parameters, and computes once what the rules make of them, such as clamped weights.
+    """
+
+    def __init__(self, function: Runnable, params: Any):
+        super().__init__()
+        self._function = function
+        with torch.inference_mode(False):  # so that derivatives can be taken later
+            self._params = tree.map_only(Tensor, lambda tensor: tensor.detach().clone(), params)
+        self._bound = Bound(sum(isinstance(leaf, Tensor) for leaf in tree.leaves(params)))
+        self.handle = register(self)
+
+    def forward(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return call_in_graph(self, args, kwargs, target)
+        return self.run(args, kwargs, target)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target | OneHot | Contrast) -> Any:
+        return self._function.run((self._params, *args), kwargs, target, self._bound)
+
+    def value(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._function.value((self._params, *args), kwargs, self._bound)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BoundAttribution:
+        """What `to`, `float` and the like call."""
+        self._params = tree.map_only(Tensor, fn, self._params)
+        self._bound = Bound(self._bound.count)
+        return super()._apply(fn, recurse)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._function, self._params)

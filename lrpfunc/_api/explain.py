@@ -1,0 +1,252 @@
+"""The table of layers: what served each, and where its relevance went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, fx
+
+from lrpfunc import _tree as tree
+from lrpfunc._api.arguments import Explained
+from lrpfunc._api.options import Argnums, Globs
+from lrpfunc._api.request import recognise
+from lrpfunc._api.target import Contrast, OneHot, Target, start
+from lrpfunc._api.transform import Attribution, Rules, attribute
+from lrpfunc._capture.capture import capture
+from lrpfunc._errors import CaptureError
+from lrpfunc._layers.bound import BoundLayer
+from lrpfunc._layers.layer import STRUCTURAL, Layer
+from lrpfunc._ops.call import operation_name
+from lrpfunc._torch import is_wrapped
+from lrpfunc._walk.assign import assign
+from lrpfunc._walk.forward import relevance, walk
+from lrpfunc.rules._message import Message, Multiplier
+from lrpfunc.rules._plumbing import absorbed_by_several
+from lrpfunc.rules._rule import Rule
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """One layer's balance: `relevance_out = relevance_in + sum of absorbed`, up to `residual`.
+
+    Attributes:
+        layer: The layer.
+        rule: The rule that served it.
+        relevance_out: The sum of the relevance at its output.
+        relevance_in: The sum of the relevance at its inputs.
+        absolute: The sum of the absolute relevance at its output and inputs.
+        absorbed: What did not reach the inputs, by cause, each from its own formula: `"bias"`, `"stabilizer"`,
+            `"conversion"` (relevance of a zero activation, which a multiplier cannot hold), `"constants"`,
+            `"nonlinearity"` and `"rule"`, what the rule gives to nobody.
+    """
+
+    layer: Layer
+    rule: Rule
+    relevance_out: float
+    relevance_in: float
+    absolute: float
+    absorbed: dict[str, float]
+
+    @property
+    def residual(self) -> float:
+        """What the formulas do not explain: rounding."""
+        return self.relevance_out - self.relevance_in - sum(self.absorbed.values())
+
+
+@final
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns; `print` it for a table.
+
+    Attributes:
+        rows: One a layer, from the output to the input, those that only move values included.
+        start: The sum of the relevance at the output.
+        relevance: What `attribute` returns.
+        relevance_in: The sum of the relevance that arrives at the input. Parameters that are explained take nothing
+            from it: their relevance is another view of the same layers.
+    """
+
+    rows: tuple[Row, ...]
+    start: float
+    relevance: Any
+    relevance_in: float
+
+    @property
+    def absorbed(self) -> dict[str, float]:
+        """What did not arrive, by cause, over all layers."""
+        total: dict[str, float] = {}
+        for row in self.rows:
+            for cause, amount in row.absorbed.items():
+                total[cause] = total.get(cause, 0.0) + amount
+        return total
+
+    @property
+    def residual(self) -> float:
+        """What the layers' formulas do not explain: rounding."""
+        return self.start - self.relevance_in - sum(self.absorbed.values())
+
+    def __str__(self) -> str:
+        header = ("layer", "operation", "rule", "in", "out", "R out", "R in", "absorbed")
+        lines = [header, *(_line(row) for row in self.rows if _worth_showing(row))]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        numbers = (5, 6)
+        table = [
+            "  ".join(
+                cell.rjust(w) if i in numbers else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+        table.insert(1, "  ".join("-" * width for width in widths))
+        total = f"{self.start:.6g} at the output = {self.relevance_in:.6g} at the input"
+        for cause, amount in self.absorbed.items():
+            if abs(amount) > 1e-12 * max(1.0, abs(self.start)):
+                total += f" {'+' if amount >= 0 else '-'} {abs(amount):.6g} {cause}"
+        return "\n".join(line.rstrip() for line in (*table, "", f"{total}   (residual {self.residual:.1e})"))
+
+
+def _worth_showing(row: Row) -> bool:
+    return row.layer.kind not in STRUCTURAL or any(abs(a) > 1e-12 * row.absolute for a in row.absorbed.values())
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    absorbed = ", ".join(f"{c} {a:.4g}" for c, a in row.absorbed.items() if abs(a) > 1e-12 * max(row.absolute, 1e-300))
+    shapes = ", ".join(map(_shape, row.layer.input_shapes))
+    name = type(row.rule).__name__
+    rule = f"{name} (exact)" if name in ("Linear", "Select", "Scale") else repr(row.rule)
+    out = _shape(row.layer.output_shape)
+    followers = row.layer.nodes[1:] if row.layer.affine is not None else ()
+    operation = " + ".join([row.layer.operation, *map(_follower, followers)])
+    return (
+        row.layer.name,
+        operation,
+        rule,
+        shapes,
+        out,
+        f"{row.relevance_out:.5g}",
+        f"{row.relevance_in:.5g}",
+        absorbed,
+    )
+
+
+def _follower(node: fx.Node) -> str:
+    return {"batch_norm_eval": "batch_norm"}.get(operation_name(node), operation_name(node))
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "()"
+
+
+def explain(
+    model_fn: Callable[..., Any],
+    rules: Rules = None,
+    *,
+    argnums: Argnums = 1,
+    has_aux: bool = False,
+    layers: Globs = None,
+    inline_functions: bool = False,
+) -> Explainer:
+    """What served each layer, and where its relevance went: the proof that no operation was missed.
+
+    Args:
+        model_fn: As for `attribute`.
+        rules: As for `attribute`.
+        argnums: As for `attribute`.
+        has_aux: As for `attribute`.
+        layers: As for `attribute`; needed where the input is made of integers, such as token ids.
+        inline_functions: As for `attribute`.
+
+    Returns:
+        `f(*args, target=None, **kwargs)`, which returns an `Explanation`: data, and a table when printed. For
+        cotangent composites, relevance is activation times cotangent.
+
+    Raises:
+        CaptureError: Inside `vmap`, `grad` or `torch.compile`, where there are no numbers to print.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> def model_fn(params, x):
+        ...     return torch.nn.functional.linear(x, params["weight"], params["bias"])
+        >>> params = {"weight": torch.ones(1, 2).double(), "bias": torch.ones(1).double()}
+        >>> table = lrp.explain(model_fn, lrp.epsilon(0.0))(params, torch.tensor([[1.0, 3.0]]).double(), target=0)
+        >>> table.start, table.relevance_in, table.absorbed["bias"]
+        (5.0, 4.0, 1.0)
+    """
+    return Explainer(
+        attribute(model_fn, rules, argnums=argnums, has_aux=has_aux, layers=layers, inline_functions=inline_functions)
+    )
+
+
+@final
+@dataclass(frozen=True)
+class Explainer:
+    """The function that `explain` returns."""
+
+    attribution: Attribution[Any]
+
+    def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Explanation:
+        _refuse_abstract((args, kwargs, target))
+        with torch.no_grad():
+            return _explanation(self.attribution, args, target, kwargs)
+
+
+def _number(tensor: Tensor) -> float:
+    _refuse_abstract(tensor)  # a rule or a target may hold a tensor that vmap has wrapped
+    return float(tensor)
+
+
+def _refuse_abstract(values: Any) -> None:
+    tensors = [leaf for leaf in tree.leaves(values) if isinstance(leaf, Tensor)]
+    if torch.compiler.is_compiling() or any(map(is_wrapped, tensors)):
+        raise CaptureError(
+            "explain prints numbers, and inside vmap, grad or torch.compile there are none yet. Call it outside, or "
+            "use lrpfunc.attribute(model_fn, rules, layers='*'), which returns the relevance of every layer as tensors"
+        )
+
+
+def _explanation(attribution: Attribution[Any], args: Any, target: Any, kwargs: dict[str, Any]) -> Explanation:
+    options = attribution.options
+    explained = Explained(args, options)
+    program, tensors = capture(
+        attribution.model_fn, args, kwargs, has_aux=options.has_aux, inline=options.inline_functions
+    )
+    graph = recognise(program, explained, options.globs)
+    rules = assign(graph, attribution.rules)
+    values = program.run(tensors)
+    rows: list[Row] = []
+
+    def observe(
+        layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], results: tuple[Message | None, ...]
+    ) -> None:
+        if not layer.layer.is_tap:
+            rows.append(_row(layer, rule, messages, results))
+
+    outputs = [values[node] for node in program.outputs]
+    messages = start(target, program.output(outputs))
+    arrived = walk(graph, rules, values, messages, observe=observe)
+    if attribution.rules.cotangent:
+        messages = [Multiplier(message.value) for message in messages]
+    begun = sum(_number(m.relevance(output).sum()) for m, output in zip(messages, outputs, strict=True))
+    reached = sum(_number(arrived[n].relevance(values[n]).sum()) for n in graph.starts if n in arrived)
+    return Explanation(tuple(rows), begun, graph.answer(relevance(graph, rules, values, arrived)), reached)
+
+
+def _row(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], results: tuple[Message | None, ...]) -> Row:
+    out = [message.relevance(layer.values[node]) for node, message in messages.items()]
+    into = [m.relevance(x) for m, x in zip(results, layer.inputs, strict=True) if m is not None]
+    if len(layer.layer.outputs) == 1:
+        absorbed = rule.account(layer, messages[layer.layer.output])
+    else:
+        absorbed = absorbed_by_several(layer, rule, messages)
+    return Row(
+        layer.layer,
+        rule,
+        sum(_number(r.sum()) for r in out),
+        sum(_number(r.sum()) for r in into),
+        sum(_number(r.abs().sum()) for r in (*out, *into)),
+        {cause: _number(amount) for cause, amount in absorbed.items()},
+    )

@@ -1,0 +1,1 @@
+"""From a model function to a program: a graph of whole operations without side effects."""

@@ -1,0 +1,100 @@
+"""From a `torch.nn.Module` to a pure function of its parameters and inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lrpfunc._capture.markers import current_recorder
+
+
+def structural_copy(module: nn.Module) -> nn.Module:
+    """A copy with modules and containers of its own that shares every tensor and every other value.
+
+    Calling a module with other parameters swaps them in place for a moment. That must never be seen by another
+    thread, so it is done to a copy.
+    """
+    shared: dict[int, Any] = {}
+    pending: list[Any] = list(module.modules())
+    visited = {id(m) for m in pending}
+    while pending:
+        obj = pending.pop()
+        if isinstance(obj, nn.Module):
+            children = list(vars(obj).values())
+        else:
+            children = list(obj.values()) if isinstance(obj, dict) else list(obj)
+        for child in children:
+            if id(child) in visited:
+                continue
+            visited.add(id(child))
+            if isinstance(child, (dict, list, tuple, set, frozenset, nn.Module)):
+                pending.append(child)
+            elif not callable(getattr(child, "__func__", None)):  # bound methods follow their copied module
+                shared[id(child)] = child
+    return copy.deepcopy(module, shared)
+
+
+@final
+@dataclass(frozen=True)
+class ModelFunction:
+    """The pure function that `from_module` returns."""
+
+    module: nn.Module
+    output: Callable[[Any], Any] | None = None
+    return_buffers: bool = False
+
+    def __call__(self, params: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        module = structural_copy(self.module)
+        if recorder := current_recorder():
+            recorder.watch(module)
+        if not self.return_buffers:
+            return self._explained(functional_call(module, params, args, kwargs))
+        # The module updates these clones in place; the caller's buffers stay as they are.
+        buffers = {name: params[name].clone() for name, _ in module.named_buffers() if name in params}
+        output = functional_call(module, {**params, **buffers}, args, kwargs)
+        return self._explained(output), buffers
+
+    def _explained(self, output: Any) -> Any:
+        return output if self.output is None else self.output(output)
+
+
+def from_module(
+    module: nn.Module, *, output: Callable[[Any], Any] | None = None, return_buffers: bool = False
+) -> tuple[ModelFunction, dict[str, Tensor]]:
+    """A pure function `model_fn(params, *args, **kwargs)` and the parameters to call it with.
+
+    The module is never touched: it is copied structurally for each call, and its own tensors are shared. A change
+    of the module (`eval()`, a replaced submodule or attribute) is seen at the next call.
+
+    Args:
+        module: The module to explain.
+        output: Picks what is explained from the module's output, for example `lambda out: out.logits`.
+        return_buffers: Return `(output, buffers)`, with the buffers as the forward pass leaves them, so that the
+            running statistics of a batch norm in training mode can go on learning. Use it with `has_aux=True`.
+
+    Returns:
+        The function, and a dictionary from names, as in `module.named_parameters()`, to the live floating-point
+        parameters and buffers. Buffers of other types are read from the module at each call; with
+        `return_buffers=True` they are part of the dictionary too.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> model_fn, params = lrp.from_module(torch.nn.Linear(3, 2))
+        >>> model_fn(params, torch.ones(1, 3)).shape
+        torch.Size([1, 2])
+        >>> sorted(params)
+        ['bias', 'weight']
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"from_module takes a torch.nn.Module, not {type(module).__name__}. A plain function f(params, x) needs "
+            "no conversion: write lrpfunc.attribute(f)(params, x)"
+        )
+    params = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    params |= {name: b for name, b in module.named_buffers() if return_buffers or b.is_floating_point()}
+    return ModelFunction(module, output, return_buffers), params

@@ -1,0 +1,203 @@
+"""Records what a model function does: a graph of whole operations."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from lrpfunc import _tree as tree
+from lrpfunc._capture.environment import Environment
+from lrpfunc._capture.identity import describe_tensor
+from lrpfunc._capture.isolation import isolated
+from lrpfunc._capture.markers import Recorder, recording
+from lrpfunc._capture.memory import forget_cached, is_cached
+from lrpfunc._capture.watch import BeginsTransform, Watch, custom_functions, refusing
+from lrpfunc._errors import CaptureError
+from lrpfunc._torch import FakeTensor, FakeTensorMode, ShapeEnv, make_fx
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one run of the model function on fake tensors left behind.
+
+    Attributes:
+        module: The traced operations; the placeholders are the tick, the environment's tensors and the arguments.
+        outputs: How to rebuild the output from the first graph outputs: the leaves (`None` for a tensor) and the spec.
+        aux: The same for the auxiliary output.
+        events: Where modules begin and end, as the recorder saw it, with `True` for each marker; the markers are the
+            last graph outputs.
+        closed: How many placeholders stand for tensors of the environment.
+        constants: Tensors that are no inputs, by the name they are read by: made by the function, mostly.
+        stable: Whether the trace may be used again.
+    """
+
+    module: fx.GraphModule
+    outputs: tuple[list[Any], Any]
+    aux: tuple[list[Any], Any]
+    events: list[tuple[str, str, list[bool], Any]]
+    closed: int
+    constants: dict[str, Tensor]
+    stable: bool
+    after_dispatch: bool
+
+    @property
+    def markers(self) -> int:
+        """How many of the graph outputs are markers."""
+        return sum(sum(marked) for _, _, marked, _ in self.events)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Isolation
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Tracing
+
+
+_Traced = tuple[fx.GraphModule, list[Any], dict[str, Any], Watch]
+
+
+def fake_like(tensor_keys: Sequence[Any], mode: FakeTensorMode) -> list[Tensor]:
+    with mode:
+        return [
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype, device in tensor_keys
+        ]
+
+
+def _trace(
+    model_fn: Callable[..., Any],
+    leaves: list[Any],
+    spec: Any,
+    has_aux: bool,
+    custom: dict[types.CodeType, str],
+    keys: Sequence[Any],
+    closed: Sequence[Tensor],
+    before_dispatch: bool,
+    made: list[weakref.ref[Tensor]],
+) -> _Traced:
+    found: dict[str, Any] = {}
+
+    def call(tensors: list[Tensor]) -> list[Any]:
+        given = iter(tensors)
+        args, kwargs = tree.unflatten([next(given) if leaf is None else leaf[0] for leaf in leaves], spec)
+        output = model_fn(*args, **kwargs)
+        aux = None
+        if has_aux:
+            if not (isinstance(output, tuple) and len(output) == 2):
+                raise TypeError(
+                    f"with has_aux=True the model function must return a pair (output, aux), not "
+                    f"{'Tensor' if isinstance(output, Tensor) else type(output).__name__}"
+                )
+            output, aux = output
+        flat: list[Any] = []
+        for name, value in (("outputs", output), ("aux", aux)):
+            values, value_spec = tree.flatten(value)
+            found[name] = ([None if isinstance(v, Tensor) else (v,) for v in values], value_spec)
+            flat.extend(v for v in values if isinstance(v, Tensor))
+        return flat
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    scalar = ((), (), torch.float32, torch.device("cpu"))
+    inputs = fake_like([scalar, *map(describe_tensor, closed), *keys], mode)
+    made.extend(map(weakref.ref, inputs))
+    watches: list[Watch] = []
+    recorders: list[Recorder] = []
+
+    def marked(tick: Tensor, *tensors: Tensor) -> list[Tensor]:
+        fakes = {id(real): fake for real, fake in zip(closed, tensors, strict=False)}
+        watch = Watch(fakes, made, before_dispatch)
+        recorder = Recorder(tick)
+        watches.append(watch)
+        recorders.append(recorder)
+        with recording(recorder), watch, refusing(custom):
+            outputs = [watch._replaced(output) for output in call(list(tensors[len(closed) :]))]
+        return [*outputs, *recorder.markers]
+
+    # `decomposition_table={}`: without it torch 2.15 turns `detach` into `alias`, which stops nothing.
+    options: dict[str, Any] = {"pre_dispatch": True} if before_dispatch else {"decomposition_table": {}}
+    module = make_fx(marked, tracing_mode="fake", _allow_non_fake_inputs=True, **options)(*inputs)
+    return module, recorders[-1].handed_over(), found, watches[-1]
+
+
+def _explain_failure(error: Exception) -> CaptureError:
+    first_line, *_ = [*str(error).splitlines(), ""]
+    return CaptureError(
+        f"the model function could not be traced: {type(error).__name__}: {first_line}\n"
+        "The usual reason is Python control flow that depends on the numbers inside a tensor (`if x.sum() > 0:`, "
+        "`int(mask.sum())`). Write it with torch.where or a mask, or pass the number as a Python argument"
+    )
+
+
+def is_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor)
+
+
+VALUE_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")
+
+
+def trace(
+    model_fn: Callable[..., Any], leaves: list[Any], spec: Any, has_aux: bool, inline: bool, closed: list[Tensor]
+) -> Trace:
+    """Runs the model function on fake tensors, where it does nothing but to be recorded.
+
+    Args:
+        model_fn: The function.
+        leaves: The leaves of its arguments.
+        spec: Their structure.
+        has_aux: Whether it returns `(output, aux)`.
+        inline: Whether a custom `autograd.Function` is taken for the operations of its forward.
+        closed: The tensors that it closes over.
+    """
+    environment = Environment(model_fn, remember=True)
+    keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+    made: list[weakref.ref[Tensor]] = []
+
+    def attempt(before_dispatch: bool, again: bool = False) -> _Traced | None:
+        custom = {} if inline else custom_functions()
+
+        def once() -> _Traced | None:
+            try:
+                traced = _trace(model_fn, static, spec, has_aux, custom, keys, closed, before_dispatch, made)
+            except BeginsTransform:
+                return None  # the exception would keep what the trace has made
+            return None if before_dispatch and traced[-1].has_transforms else traced
+
+        try:
+            result = isolated(once)
+        except Exception as error:
+            if type(error).__name__ in VALUE_DEPENDENT:
+                raise _explain_failure(error) from error
+            raise
+        finally:
+            environment.forget(is_fake)
+            if any(tensor() is not None for tensor in made):
+                forget_cached(is_fake)
+        if not (inline or again or custom_functions().keys() <= custom.keys()):
+            return attempt(before_dispatch, again=True)  # the model function defines such a class when it is called
+        return result
+
+    before = attempt(before_dispatch=True)
+    module, events, found, watch = before or cast(_Traced, attempt(before_dispatch=False))
+    constants = [node for node in module.graph.nodes if node.op == "get_attr"]
+    # A constant that the function made is copied at once; any other one may be a tensor that was missed.
+    values = {node.target: getattr(module, node.target) for node in constants}
+    own = all(
+        all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
+        or is_cached(values[node.target])
+        for node in constants
+    )
+    if any(map(is_fake, values.values())):
+        raise CaptureError(
+            "the model function makes a tensor in a way a trace cannot follow, such as torch.autograd.grad, `.data` "
+            "or `set_`. Write torch.func.grad, or detach()"
+        )
+    stable = own and not watch.reads
+    return Trace(module, found["outputs"], found["aux"], events, len(closed), values, stable, before is None)

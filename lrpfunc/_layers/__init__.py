@@ -1,0 +1,1 @@
+"""What an operation is, and which operations are one layer."""

@@ -1,0 +1,247 @@
+"""Affine layers, and the operations around them that are one layer with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrpfunc._ops.call import call, operation_name
+from lrpfunc._ops.functions import batch_norm_eval, batch_norm_scale
+from lrpfunc._torch import aten, map_arg
+
+# Where an operation that is linear in its operands has input, weight and bias.
+_DENSE = {
+    "linear": (0, 1, 2),
+    "_grouped_mm": (0, 1, None),
+    "addmm": (1, 2, 0),
+    "baddbmm": (1, 2, 0),
+    "addmv": (1, 2, 0),
+    "mm": (0, 1, None),
+    "bmm": (0, 1, None),
+    "mv": (0, 1, None),
+    "dot": (0, 1, None),
+    "inner": (0, 1, None),
+    "outer": (0, 1, None),
+    "matmul": (0, 1, None),
+    "tensordot": (0, 1, None),
+    "kron": (0, 1, None),
+    "vdot": (0, 1, None),
+}
+_CONVOLUTION = {
+    name: (0, 1, 2)
+    for name in (
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "convolution",
+    )
+}
+_RESHAPES = ("view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "flatten", "unflatten")
+_ADDS_PRODUCT = ("addmm", "baddbmm", "addmv")
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """A layer as a function `f(x; weight, bias)`, linear in `x` and in the parameters.
+
+    Attributes:
+        node: The dense operation or convolution.
+        input, weight, bias: The positions of its operands; for `einsum` positions in its list of operands.
+        convolution: Which of the two it is.
+        views: Changes of shape between the operation and the addition.
+        addition: A node that adds a constant to the result, the layer's bias then.
+        batch_norm: A batch norm in evaluation mode that is merged with it.
+    """
+
+    node: fx.Node
+    input: int
+    weight: int
+    bias: int | None
+    convolution: bool
+    views: tuple[fx.Node, ...] = ()
+    addition: fx.Node | None = None
+    batch_norm: fx.Node | None = None
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return tuple(n for n in (self.node, *self.views, self.addition, self.batch_norm) if n is not None)
+
+    @property
+    def input_node(self) -> fx.Node:
+        return self._operands()[self.input]
+
+    @property
+    def weight_node(self) -> fx.Node:
+        return self._operands()[self.weight]
+
+    @property
+    def bias_node(self) -> fx.Node | None:
+        if self.addition is not None:
+            first, second = self.addition.args[:2]
+            previous = (self.node, *self.views)[-1]
+            return second if first is previous else first  # type: ignore[return-value]
+        operands = self._operands()
+        return operands[self.bias] if self.bias is not None and len(operands) > self.bias else None
+
+    def _operands(self) -> Any:
+        return self.node.args[1] if operation_name(self.node) == "einsum" else self.node.args
+
+    # -- with values
+
+    def parameters(self, values: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor | None]:
+        """The effective weight and bias: differentiable functions of the model's own."""
+        alpha, beta = self._factors()
+        weight = _times(alpha, values[self.weight_node])
+        bias = None if self.bias_node is None else _times(beta, values[self.bias_node])
+        if self.batch_norm is None:
+            return weight, bias
+        args: Any = [values[a] if isinstance(a, fx.Node) else a for a in self.batch_norm.args[1:]]
+        scale, shift = batch_norm_scale(*args)
+        if bias is not None:
+            shift = shift + bias.reshape(-1) * scale
+        # A batch norm may be more precise than its convolution, which takes one dtype.
+        return _scale_outputs(self, weight, scale).to(weight.dtype), shift.to(weight.dtype)
+
+    def _factors(self) -> tuple[Any, Any]:
+        """What the operation multiplies its weight and its bias by."""
+        if self.addition is None:
+            return self.node.kwargs.get("alpha", 1), self.node.kwargs.get("beta", 1)
+        factor: Any = self.addition.kwargs.get("alpha", 1)
+        return 1, -factor if operation_name(self.addition) == "sub" else factor
+
+    def __call__(self, values: Mapping[fx.Node, Any], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`f(x; weight, bias)` for an effective weight and bias, with everything else as the model has it."""
+        operands = list(self._operands())
+        operands[self.input], operands[self.weight] = x, weight
+        name = operation_name(self.node)
+        if name in _ADDS_PRODUCT:
+            return self._add(torch.matmul(operands[1], operands[2]), bias)
+        native = self._takes(bias)
+        if self.bias is not None:
+            operands += [None] * (self.bias + 1 - len(operands))
+            operands[self.bias] = bias if native else None
+        args, kwargs = map_arg((tuple(operands), self.node.kwargs), values.__getitem__)
+        z = call(self.node, (self.node.args[0], list(args)) if name == "einsum" else args, kwargs)
+        return z if native else self._add(z, bias)
+
+    def _takes(self, bias: Tensor | None) -> bool:
+        """Whether the operation itself can add the bias: one number a feature, on the axis it expects."""
+        if bias is None or self.bias is None or bias.ndim != 1:
+            return False
+        if self.views:
+            return False
+        return not self.convolution or self.addition is None or self.batch_norm is not None
+
+    def _add(self, z: Tensor, bias: Tensor | None) -> Tensor:
+        for view in self.views:
+            z = view.target(z, *view.args[1:], **view.kwargs)  # type: ignore[operator]
+        return z if bias is None else z + bias
+
+
+def _times(factor: Any, tensor: Tensor) -> Tensor:
+    return tensor if factor == 1 else factor * tensor
+
+
+def _scale_outputs(affine: Affine, weight: Tensor, scale: Tensor) -> Tensor:
+    name = operation_name(affine.node)
+    if not affine.convolution:
+        return weight * (scale if name in ("mm", "matmul", "addmm") else scale.unsqueeze(-1))
+    transposed = name.startswith("conv_transpose") or (name == "convolution" and affine.node.args[6])
+    if not transposed:
+        return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+    groups = _groups(affine.node)
+    spatial = [1] * (weight.ndim - 2)
+    grouped = weight.reshape(groups, -1, *weight.shape[1:]) * scale.reshape(groups, 1, -1, *spatial)
+    return grouped.reshape(weight.shape)
+
+
+def _groups(node: fx.Node) -> int:
+    """The `groups` of a transposed convolution."""
+    position = 8 if operation_name(node) == "convolution" else 6
+    return int(node.args[position]) if len(node.args) > position else 1  # type: ignore[arg-type]
+
+
+def affine(node: fx.Node, active: set[fx.Node]) -> Affine | None:
+    """`node` as an affine layer, if exactly one of its operands depends on the explained input and it is not a bias."""
+    name = operation_name(node)
+    if name == "einsum":
+        operands: Any = node.args[1]
+        positions: tuple[int, int, int | None] | None = (0, 1, None) if len(operands) == 2 else None
+    else:
+        operands = node.args
+        positions = _DENSE.get(name) or _CONVOLUTION.get(name)
+    if positions is None:
+        return None
+    first, second, bias = positions
+    varying = [i for i, operand in enumerate(operands) if isinstance(operand, fx.Node) and operand in active]
+    if varying not in ([first], [second]):
+        return None
+    weight = second if varying == [first] else first
+    return Affine(node, varying[0], weight, bias, name in _CONVOLUTION)
+
+
+def merge(found: Affine, active: set[fx.Node], kept: set[fx.Node]) -> Affine:
+    """`found` with the addition of a constant and the batch norm that follow it and nothing else does."""
+    follower = _only_user(found.node, kept)
+    if found.bias_node is None:
+        views: list[fx.Node] = []
+        last, addition = found.node, follower
+        while addition is not None and operation_name(addition) in _RESHAPES:
+            views.append(addition)
+            last, addition = addition, _only_user(addition, kept)
+        if addition is not None and _adds_constant(last, addition, active):
+            found = replace(found, views=tuple(views), addition=addition)
+            follower = _only_user(addition, kept)
+    if follower is not None and _normalizes(found, follower):
+        found = replace(found, batch_norm=follower)
+    return found
+
+
+def _only_user(node: fx.Node, kept: set[fx.Node]) -> fx.Node | None:
+    """The one operation that uses `node`. A batch norm's update of its statistics would be another."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and node not in kept and users[0].op == "call_function" else None
+
+
+def _adds_constant(node: fx.Node, follower: fx.Node, active: set[fx.Node]) -> bool:
+    if follower.target not in (aten.add.Tensor, aten.sub.Tensor):
+        return False
+    if follower.target is aten.sub.Tensor and follower.args[0] is not node:
+        return False
+    others = [a for a in follower.args[:2] if a is not node]
+    value = node.meta["val"]
+    return (
+        len(others) == 1
+        and isinstance(others[0], fx.Node)
+        and others[0] not in active
+        and follower.meta["val"].shape == value.shape
+        and follower.meta["val"].dtype == value.dtype
+    )
+
+
+def _normalizes(found: Affine, follower: fx.Node) -> bool:
+    """Whether `follower` is a batch norm in evaluation mode over the output features of `found`."""
+    previous = found.nodes[-1]
+    if follower.target is not batch_norm_eval or follower.args[0] is not previous or found.views:
+        return False
+    value = previous.meta["val"]
+    if any(previous is a for a in follower.args[1:]) or (found.input, found.weight) not in ((0, 1), (1, 2)):
+        return False
+    if not found.convolution and (
+        value.ndim != 2 or operation_name(found.node) not in ("linear", "addmm", "mm", "matmul")
+    ):
+        return False
+    if found.convolution and value.ndim != found.weight_node.meta["val"].ndim:
+        return False  # an unbatched convolution: its first dimension is the channels
+    bias = found.bias_node
+    if bias is None or (found.convolution and found.addition is None):
+        return True
+    shape = (1,) * (value.ndim - bias.meta["val"].ndim) + tuple(bias.meta["val"].shape)
+    return shape == (1, value.shape[1], *[1] * (value.ndim - 2))

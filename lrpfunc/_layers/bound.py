@@ -1,0 +1,129 @@
+"""A layer with the values of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrpfunc._layers.layer import Layer
+from lrpfunc._ops.call import call, operation_name
+from lrpfunc._ops.held import HELD
+from lrpfunc._torch import jvp, map_arg, vjp
+
+
+@dataclass(frozen=True)
+class BoundLayer:
+    """A layer with the values of one forward pass: what a rule computes with.
+
+    Attributes:
+        layer: The layer.
+        values: The value of every node.
+        exact: Whether the VJPs may be differentiated, or vmapped over: without, they may run fused kernels.
+        rectified: The output after the ReLU that alone follows, if it let a multiplier pass: where the ReLU is off, the
+            multiplier is 0.
+    """
+
+    layer: Layer
+    values: Mapping[fx.Node, Any]
+    exact: bool = True
+    rectified: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The activations that depend on the explained input."""
+        return tuple(self.values[node] for node in self.layer.inputs)
+
+    @property
+    def input(self) -> Tensor:
+        (x,) = self.inputs
+        return x
+
+    @property
+    def output(self) -> Tensor:
+        return self.values[self.layer.output]
+
+    @cached_property
+    def parameters(self) -> tuple[Tensor, Tensor | None]:
+        """The effective weight and bias of a dense layer or convolution, a merged batch norm included."""
+        assert self.layer.affine is not None
+        return self.layer.affine.parameters(self.values)
+
+    def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        r""":math:`f(x; W, b)` of a dense layer or convolution, shaped like the output."""
+        assert self.layer.affine is not None
+        return self.layer.affine(self.values, x, weight, bias)
+
+    def transpose(self, s: Tensor, weight: Tensor) -> Tensor:
+        r""":math:`J_W^T(s)`, shaped like the input."""
+        _, pullback = vjp(lambda x: self.affine(x, weight, None), self.input)
+        return pullback(s.to(self.output.dtype))[0]
+
+    def shift(self, bias: Tensor | None) -> Tensor:
+        """What the bias adds to each element of the output."""
+        x = torch.zeros_like(self.input)
+        return self.affine(x, torch.zeros_like(self.parameters[0]), bias)
+
+    def function(self, wrt: Sequence[fx.Node]) -> Callable[..., Any]:
+        """The layer as a function of some of its operands."""
+
+        def evaluate(*tensors: Tensor) -> Any:
+            inner: dict[fx.Node, Any] = dict(zip(wrt, tensors, strict=True))
+
+            def read(node: fx.Node) -> Any:
+                return inner[node] if node in inner else self.values[node]
+
+            for node in self.layer.nodes:
+                args, kwargs = map_arg((node.args, node.kwargs), read)
+                inner[node] = call(node, args, kwargs, exact=self.exact)
+            return self._outputs(inner[self.layer.nodes[-1]])
+
+        return evaluate
+
+    def signal_function(self) -> Callable[..., Any]:
+        """The layer as an affine function of its signals: statistics, gates and attention weights are held constant."""
+        node = self.layer.nodes[-1]
+        held = HELD.get(operation_name(node))
+        if held is None or len(self.layer.nodes) > 1:
+            return self.function(self.layer.signals)
+        args, kwargs = map_arg((node.args, node.kwargs), self.values.__getitem__)
+        return lambda x: self._outputs(held(x, *args, **kwargs))
+
+    def _outputs(self, result: Any) -> Any:
+        if isinstance(result, Tensor):
+            return result
+        outputs = tuple(result[i] for i, node in enumerate(self.layer.outputs) if node is not None)
+        return outputs[0] if len(self.layer.outputs) == 1 else outputs
+
+    def vjp(self, *cotangents: Tensor, wrt: Sequence[fx.Node] | None = None) -> tuple[Tensor, ...]:
+        """The plain VJP, with respect to the inputs unless told otherwise."""
+        wrt = self.layer.inputs if wrt is None else wrt
+        return self._pull(self.function(wrt), wrt, cotangents)
+
+    def signal_vjp(self, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        """The VJP of `signal_function`, one an input; `None` for inputs that are no signal."""
+        signals = self.layer.signals
+        if not signals:
+            return (None,) * len(self.layer.inputs)
+        pulled = self._pull(self.signal_function(), signals, cotangents)
+        found = dict(zip(signals, pulled, strict=True))
+        return tuple(found.get(node) for node in self.layer.inputs)
+
+    def _pull(
+        self, function: Callable[..., Any], wrt: Sequence[fx.Node], cotangents: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        output, pullback = vjp(function, *(self.values[node] for node in wrt))
+        return pullback(cotangents[0] if isinstance(output, Tensor) else tuple(cotangents))
+
+    def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The derivative in a direction, one tensor an output."""
+        tangent = jvp(replace(self, exact=True).function(self.layer.inputs), self.inputs, tuple(tangents))
+        return (tangent,) if isinstance(tangent, Tensor) else tangent
+
+    def at_zero(self) -> Tensor:
+        """The output for inputs of zero: the constants of an affine layer."""
+        return self.function(self.layer.inputs)(*map(torch.zeros_like, self.inputs))

@@ -1,0 +1,100 @@
+"""A functional program as a list of layers, before any number is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx
+
+from lrpfunc import _tree as tree
+from lrpfunc._capture.cache import Cache
+from lrpfunc._capture.program import Program
+from lrpfunc._layers.cover import Cover
+from lrpfunc._layers.layer import Kind, Layer
+
+Entry = tuple[str, list[fx.Node | None], Any]
+"""A name that `layers=` may ask for, the nodes of the tensors there, and their structure."""
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """The layers between what is explained and the output.
+
+    Attributes:
+        program: The whole forward pass.
+        sources: The nodes of the explained leaves, `None` for an integer leaf.
+        spec: Their structure.
+        on_path: The nodes from which relevance may come to what is explained.
+        starts: The nodes at which relevance ends its way: those leaves, or the layers explained in their place.
+        layers: In order of execution.
+        entries: Where `layers=` may ask for relevance; a node is `None` where there is none.
+        selected: Where it does.
+        assigned: Which rule serves which layer, for each composite.
+        lowered: The forward pass and the walk as flat programs, for each assignment.
+    """
+
+    program: Program
+    sources: list[fx.Node | None]
+    spec: Any
+    on_path: set[fx.Node]
+    starts: list[fx.Node]
+    layers: list[Layer]
+    entries: list[Entry]
+    selected: Sequence[Entry] = ()
+    assigned: Cache[Any] = field(default_factory=lambda: Cache(16))
+    lowered: Cache[Any] = field(default_factory=lambda: Cache(16))
+
+    @cached_property
+    def requested(self) -> tuple[fx.Node, ...]:
+        """The nodes whose relevance is asked for."""
+        leaves = [*self.sources, *(leaf for _, leaves, _ in self.selected for leaf in leaves)]
+        return tuple(leaf for leaf in leaves if leaf is not None)
+
+    def answer(self, relevance: Sequence[Tensor]) -> Any:
+        """What `attribute` returns, from the relevance of the nodes requested."""
+        found = iter(relevance)
+
+        def shaped(leaves: list[fx.Node | None], spec: Any) -> Any:
+            return tree.unflatten([None if leaf is None else next(found) for leaf in leaves], spec)
+
+        explained = shaped(self.sources, self.spec)
+        if not self.selected:
+            return explained
+        return explained, {name: shaped(leaves, spec) for name, leaves, spec in self.selected}
+
+
+def build_graph(
+    program: Program, data: Sequence[fx.Node], taps: Sequence[fx.Node], sources: list[fx.Node | None], spec: Any
+) -> Graph:
+    """The layers that depend on `data`, or on parameters that are explained themselves, the `taps`."""
+    cover = Cover(program, set(data), set(taps))
+    layers = cover.layers()
+    entries = _entries(program, layers, cover.needed & cover.active)
+    return Graph(program, sources, spec, cover.needed, list(dict.fromkeys(data)), layers, entries)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Where relevance may be asked for
+
+
+def _entries(program: Program, layers: list[Layer], needed: set[fx.Node]) -> list[Entry]:
+    # Inside a merged layer, or an activation of several operations, there is no relevance but at its end.
+    ends = {
+        node: layer.output
+        for layer in layers
+        if len(layer.nodes) > 1 and (layer.affine is not None or layer.kind is Kind.ACTIVATION)
+        for node in layer.nodes
+    }
+
+    def place(node: fx.Node | None) -> fx.Node | None:
+        if node is None or node in needed:
+            return node
+        return ends.get(node)
+
+    if program.modules:
+        return [(name, [place(leaf) for leaf in leaves], spec) for name, leaves, spec in program.modules]
+    leaf_spec = tree.structure(0)
+    return [(layer.name, [layer.output], leaf_spec) for layer in layers if len(layer.outputs) == 1 and not layer.is_tap]

@@ -1,0 +1,262 @@
+"""Selectors: which layers a rule is for."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import final
+
+from lrpfunc._layers.layer import Kind, Layer, Role
+
+
+class Selector(abc.ABC):
+    """A predicate on layers; selectors combine with `&`, `|` and `~`, with any other `Layer -> bool` too.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> (lrp.Dense | lrp.Convolution) & ~lrp.name("head*")
+        ((Dense | Convolution) & ~name('head*'))
+    """
+
+    @abc.abstractmethod
+    def __call__(self, layer: Layer) -> bool: ...
+
+    def __and__(self, other: Callable[[Layer], bool]) -> Selector:
+        return _And(self, other)
+
+    def __rand__(self, other: Callable[[Layer], bool]) -> Selector:
+        return _And(other, self)
+
+    def __or__(self, other: Callable[[Layer], bool]) -> Selector:
+        return _Or(self, other)
+
+    def __ror__(self, other: Callable[[Layer], bool]) -> Selector:
+        return _Or(other, self)
+
+    def __invert__(self) -> Selector:
+        return _Not(self)
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _OfKind(Selector):
+    kind: Kind
+
+    def __call__(self, layer: Layer) -> bool:
+        return layer.kind is self.kind
+
+    def __repr__(self) -> str:
+        return self.kind.value
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _OfRole(Selector):
+    role: Role
+
+    def __call__(self, layer: Layer) -> bool:
+        return layer.role is self.role
+
+    def __repr__(self) -> str:
+        return self.role.value
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _And(Selector):
+    left: Callable[[Layer], bool]
+    right: Callable[[Layer], bool]
+
+    def __call__(self, layer: Layer) -> bool:
+        return self.left(layer) and self.right(layer)
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} & {self.right!r})"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _Or(Selector):
+    left: Callable[[Layer], bool]
+    right: Callable[[Layer], bool]
+
+    def __call__(self, layer: Layer) -> bool:
+        return self.left(layer) or self.right(layer)
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} | {self.right!r})"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _Not(Selector):
+    selector: Callable[[Layer], bool]
+
+    def __call__(self, layer: Layer) -> bool:
+        return not self.selector(layer)
+
+    def __repr__(self) -> str:
+        return f"~{self.selector!r}"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _Name(Selector):
+    glob: str
+
+    def __call__(self, layer: Layer) -> bool:
+        paths = (layer.name, *layer.modules)
+        return any(fnmatchcase(p, self.glob) or fnmatchcase(p.rpartition("@")[0] or p, self.glob) for p in paths)
+
+    def __repr__(self) -> str:
+        return f"name({self.glob!r})"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _Operation(Selector):
+    glob: str
+
+    def __call__(self, layer: Layer) -> bool:
+        return fnmatchcase(layer.operation, self.glob)
+
+    def __repr__(self) -> str:
+        return f"operation({self.glob!r})"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _End(Selector):
+    selector: Callable[[Layer], bool]
+    is_first: bool
+
+    def __call__(self, layer: Layer) -> bool:
+        layers = layer.siblings if self.is_first else reversed(layer.siblings)
+        return next((other for other in layers if not other.is_tap and self.selector(other)), None) is layer
+
+    def __repr__(self) -> str:
+        return f"{'first' if self.is_first else 'last'}({self.selector!r})"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _Depth(Selector):
+    low: float
+    high: float
+
+    def __call__(self, layer: Layer) -> bool:
+        return self.low <= layer.depth < self.high or layer.depth == 1 <= self.high
+
+    def __repr__(self) -> str:
+        return f"depth({self.low}, {self.high})"
+
+
+def name(glob: str) -> Selector:
+    """The layers in modules whose path matches a glob: the layer itself or any module around it.
+
+    Args:
+        glob: As in `fnmatch`; `*` crosses dots, so `"layer1*"` is everything in `layer1`. Without `@k` it matches
+            every call of a reused module, with it that one call.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> rules = [(lrp.Dense & lrp.name("head*"), lrp.Epsilon(0.1))] + lrp.epsilon_plus()
+    """
+    return _Name(glob)
+
+
+def operation(glob: str) -> Selector:
+    """The layers whose torch operation matches a glob, such as `"gelu"` or `"conv*"`.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> rules = [(lrp.operation("softplus"), lrp.Gradient())] + lrp.epsilon_plus()
+    """
+    return _Operation(glob)
+
+
+def first(selector: Callable[[Layer], bool]) -> Selector:
+    """The first selected layer in order of execution, among those that depend on the explained input.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> rules = [(lrp.first(lrp.Convolution), lrp.ZBox(-1.0, 1.0))] + lrp.epsilon_plus()
+    """
+    return _End(selector, is_first=True)
+
+
+def last(selector: Callable[[Layer], bool]) -> Selector:
+    """The last selected layer in order of execution, among those that depend on the explained input.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> rules = [(lrp.last(lrp.Dense), lrp.Epsilon(0.0))] + lrp.epsilon_plus()
+    """
+    return _End(selector, is_first=False)
+
+
+def depth(low: float, high: float) -> Selector:
+    """The layers from share `low` to share `high` of the way through the dense layers and convolutions.
+
+    Layer `k` of `n`, counted from 0, lies at `k / n`; any other layer at the share of those before it. The interval
+    is half open, so that `depth(0, 0.5) | depth(0.5, 1)` is every layer once.
+
+    Example:
+        >>> import lrpfunc as lrp
+        >>> rules = [(lrp.Convolution & lrp.depth(0, 0.5), lrp.Gamma(0.5))] + lrp.epsilon()
+    """
+    return _Depth(low, high)
+
+
+Dense: Selector = _OfKind(Kind.DENSE)
+"""Layers that multiply by a matrix that does not depend on the explained input."""
+
+Convolution: Selector = _OfKind(Kind.CONVOLUTION)
+"""Convolutions, transposed ones too."""
+
+Activation: Selector = _OfKind(Kind.ACTIVATION)
+"""Pointwise non-linearities."""
+
+ReLU: Selector = _Operation("relu")
+"""Rectified linear units, written as such: `clamp(min=0)` and the like are only an `Activation`."""
+
+BatchNorm: Selector = _OfKind(Kind.BATCH_NORM)
+"""Batch norms that are not merged with the layer before them."""
+
+AvgPool: Selector = _OfKind(Kind.AVERAGE)
+"""Average pooling of any spelling, and means."""
+
+Sum: Selector = _OfKind(Kind.SUM)
+"""Sums of activations, residual connections for example, and along an axis."""
+
+Softmax: Selector = _OfKind(Kind.SOFTMAX)
+"""Softmax, log-softmax and logsumexp, native or written out; the one inside fused attention is part of `Attention`."""
+
+Attention: Selector = _OfKind(Kind.ATTENTION)
+"""Fused scaled dot product attention; written out it is products and a softmax."""
+
+Product: Selector = _OfKind(Kind.PRODUCT)
+"""Products, of matrices too, of operands that all depend on the explained input."""
+
+Quotient: Selector = _OfKind(Kind.QUOTIENT)
+"""Divisions by what depends on the explained input and is no statistic of the numerator."""
+
+Normalization: Selector = _OfKind(Kind.NORMALIZATION)
+"""Layer, group, instance, RMS and L2 norms: division by a statistic of the same tensor, native or written out."""
+
+Statistic: Selector = _OfKind(Kind.STATISTIC)
+"""Norms, variances and standard deviations that are no part of a normalization."""
+
+Gate: Selector = _OfRole(Role.GATE)
+"""Products in which one operand modulates the other: gates, and attention weights with the values."""
+
+Router: Selector = _OfRole(Role.ROUTER)
+"""Products of the output of an expert with its weight, of those that `topk` chose."""
+
+Recurrent: Selector = _OfRole(Role.RECURRENT)
+"""The gates of `torch.nn.LSTM`, `torch.nn.GRU` and their cells."""
+
+Scan: Selector = _OfRole(Role.SCAN)
+"""The products of a selective scan, of state space models, that carry its input."""

@@ -1,0 +1,1 @@
+"""The forward pass and the walk as flat programs of plain operations."""

@@ -1,0 +1,138 @@
+"""The forward pass and the walk as one graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from lrpfunc._capture.program import Program
+from lrpfunc._ops.call import call, operation_name
+from lrpfunc._ops.functions import copied
+from lrpfunc._ops.strided import free_of_layout
+from lrpfunc._torch import aten, hashable, map_arg
+
+
+@dataclass(eq=False)
+class Joint:
+    """One graph of the forward pass, as the model wrote it, and the walk, as it was traced.
+
+    Attributes:
+        inputs: The placeholders of the arguments, the closed-over tensors and the tensors in rules.
+        start: Those of the messages that relevance starts with.
+        forward: The nodes of the forward pass, by those of the program.
+        early: What the forward pass computes, and the inputs.
+        outputs: The output's tensors and the auxiliary output's.
+        relevance: What the walk is for.
+        evaluated: Nodes of the forward pass, and what computes the same in the trace.
+        constants: Tensors that the trace holds.
+    """
+
+    program: Program
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    inputs: list[fx.Node] = field(default_factory=list)
+    start: list[fx.Node] = field(default_factory=list)
+    forward: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    early: set[fx.Node] = field(default_factory=set)
+    outputs: list[fx.Node] = field(default_factory=list)
+    relevance: list[fx.Node] = field(default_factory=list)
+    evaluated: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+
+def join(
+    program: Program, leaves: Sequence[tuple[fx.Node, int | None]], traced: fx.GraphModule, shared: Sequence[fx.Node]
+) -> Joint:
+    """The forward pass followed by the trace.
+
+    Args:
+        program: The forward pass.
+        leaves: Which values the first placeholders of the trace stand for: a node, and a place in its result if that
+            has several. The start follows, and then the tensors in rules.
+        traced: The trace, which returns relevance and then the `shared` operations.
+        shared: The nodes of the program that were traced too.
+    """
+    joint = Joint(program)
+    graph, forward = joint.graph, joint.forward
+    for node in (*program.inputs, *(node for node, _ in program.closed)):
+        forward[node] = graph.placeholder(node.name)
+        forward[node].meta = dict(node.meta)
+        joint.inputs.append(forward[node])
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            forward[node] = _written(graph, node, forward)
+            joint.early.add(forward[node])
+    joint.outputs = [forward[node] for node in (*program.outputs, *program.aux)]
+
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    starts = len(program.outputs)
+    joint.start = [graph.placeholder(f"start_{i}") for i in range(starts)]
+    tensors = [graph.placeholder(f"rule_{i}") for i in range(len(placeholders) - len(leaves) - starts)]
+    joint.inputs += tensors
+    joint.early.update(joint.inputs)
+    given = [
+        forward[node] if place is None else graph.call_function(operator.getitem, (forward[node], place))
+        for node, place in leaves
+    ]
+    copies = dict(zip(placeholders, [*given, *joint.start, *tensors], strict=True))
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            joint.constants[node.target] = getattr(traced, node.target)
+        if node.op in ("call_function", "get_attr"):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op == "call_function":
+            new = copies[node]
+            new.target, new.kwargs = free_of_layout(new.target, node.args, new.kwargs)
+            if new.target is aten.copy.default:  # torch has no derivative of it
+                new.target = copied
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    results = [copies[node] for node in output.args[0]]
+    joint.relevance = results[: len(results) - len(shared)]
+    joint.evaluated = list(zip(map(forward.__getitem__, shared), results[len(joint.relevance) :], strict=True))
+    returns(joint, (*joint.outputs, *results))
+    return joint
+
+
+_UNSPEAKABLE = ("overwrite", "fused")
+
+
+class Written:
+    """An operation that runs under a mode, or takes an argument that code cannot spell."""
+
+    def __init__(self, node: fx.Node):
+        self.node = node
+        self._args = node.args, node.kwargs
+        self._operands = list(node.all_input_nodes)
+        self.__name__ = self.__qualname__ = operation_name(node)
+
+    @property
+    def key(self) -> Any:
+        """What equal operations have in common."""
+        if operation_name(self.node) in _UNSPEAKABLE:
+            return self
+        places = {operand: place for place, operand in enumerate(self._operands)}
+        args = map_arg(hashable(self._args), places.__getitem__)
+        return self.node.target, args, self.node.meta["no_grad"], self.node.meta["autocast"]
+
+    def __call__(self, *tensors: Any) -> Any:
+        args, kwargs = map_arg(self._args, dict(zip(self._operands, tensors, strict=True)).__getitem__)
+        return call(self.node, args, kwargs)
+
+
+def _written(graph: fx.Graph, node: fx.Node, forward: dict[fx.Node, fx.Node]) -> fx.Node:
+    if node.meta["no_grad"] or node.meta["autocast"] or operation_name(node) in _UNSPEAKABLE:
+        new = graph.call_function(Written(node), tuple(forward[n] for n in node.all_input_nodes))
+        new.meta = dict(node.meta)
+        return new
+    return graph.node_copy(node, forward.__getitem__)
+
+
+def returns(joint: Joint, results: Iterable[fx.Node]) -> None:
+    """Makes the graph return `results`."""
+    for node in reversed(joint.graph.nodes):
+        if node.op == "output":
+            joint.graph.erase_node(node)
+    joint.graph.output(tuple(results))

@@ -1,0 +1,152 @@
+"""The forward pass and the walk back as one flat program of plain operations, cut where relevance starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrpfunc import _tree as tree
+from lrpfunc._capture.isolation import is_capturing
+from lrpfunc._layers.bound import BoundLayer
+from lrpfunc._layers.graph import Graph
+from lrpfunc._layers.layer import Layer
+from lrpfunc._lower.bound import Bound
+from lrpfunc._lower.cut import Programs, cut, recompute
+from lrpfunc._lower.joint import Joint, join
+from lrpfunc._lower.passes import simplify
+from lrpfunc._lower.retrace import retrace
+from lrpfunc._ops.call import EXACT, IN_WALK
+from lrpfunc._ops.functions import scaled_dot_product_attention
+from lrpfunc._torch import constant, is_differentiated, mapped_over, vjp
+from lrpfunc._walk.assign import Assignment
+from lrpfunc._walk.forward import Forward, relevance, walk
+from lrpfunc.rules._message import Message
+
+
+def lower(
+    graph: Graph,
+    rules: Assignment,
+    tensors: Sequence[Tensor],
+    form: type[Message],
+    given: Sequence[Tensor] = (),
+    *,
+    bound: Bound | None = None,
+    segments: int = 1,
+    reuse: bool = False,
+    exact: bool = False,
+) -> Forward:
+    """The forward pass and the walk as flat programs, made at the first call for a signature; the first is run.
+
+    Args:
+        graph: The layers.
+        rules: Their rules.
+        tensors: What the program is run on.
+        form: The form of the messages that relevance will start with.
+        given: The tensors, if they are known, that those are made of.
+        bound: The first of the tensors, if they are bound.
+        segments: In how many parts the walk computes the forward pass anew; with 1 it does not.
+        reuse: Whether the walk will be taken several times: what it always computes is then computed once.
+        exact: Whether the walk must have all derivatives, though no tensor known so far is differentiated.
+    """
+    program = graph.program
+    count = 0 if bound is None else bound.count
+    inputs = [*tensors[count:], *constant(rules.tensors)]
+    exact = exact or reuse or any(map(is_differentiated, (*tensors[:count], *inputs, *given)))
+    programs = _programs(graph, rules, form, count, segments, exact, reuse)
+    prepared = [] if bound is None else bound.prepared(programs, list(tensors[:count]))
+    results = programs.forward([*prepared, *inputs])
+    ends = len(program.outputs), len(program.outputs) + len(program.aux)
+    output, aux = program.output(results[: ends[0]]), program.aux_output(results[ends[0] : ends[1]])
+    saved = list(results[ends[1] :])
+    del results
+
+    def pull(start: Sequence[Message]) -> Any:
+        if not exact and any(is_differentiated(message.value) for message in start):
+            again = lower(graph, rules, tensors, form, bound=bound, segments=segments, exact=True)
+            return again.pull(start)
+        values = [message.value for message in start]
+        walk = programs.frugal if _may_write(saved, values) else programs.walk
+        needed = [*saved, *values]
+        if not reuse:
+            saved.clear()  # so that the walk can free each tensor that it is past
+        return graph.answer(walk(needed))
+
+    return Forward(output, aux, pull, program.is_random)
+
+
+def _programs(
+    graph: Graph, rules: Assignment, form: type[Message], count: int, segments: int, exact: bool, reuse: bool
+) -> Programs:
+    """The programs for a signature, from the graph's cache if they have been made."""
+    key = (rules.key, form, count, segments, exact, reuse)
+    programs = graph.lowered.get(key)
+    if programs is None and is_capturing():  # where none can be made, one that can do more will do
+        programs = graph.lowered.get((*key[:-2], True, reuse))
+    if programs is None:
+        joint, stable = _joint(graph, rules, form, exact)
+        if segments > 1:
+            recompute(joint, segments)
+        programs = cut(joint, count, reuse=reuse, exact=exact)
+        if stable:
+            graph.lowered.put(key, programs)
+    return programs
+
+
+def _may_write(saved: Sequence[Any], start: Sequence[Tensor]) -> bool:
+    """Whether the walk may write into its tensors: nobody takes derivatives, and all or none of it is mapped over."""
+    if torch.compiler.is_compiling() or len(levels := set(map(mapped_over, start))) > 1:
+        return False
+    return None not in levels and all(mapped_over(t) == frozenset() for t in saved if isinstance(t, Tensor))
+
+
+def _joint(graph: Graph, rules: Assignment, form: type[Message], exact: bool) -> tuple[Joint, bool]:
+    program = graph.program
+    nodes = program.nodes
+    values, spec = tree.flatten([node.meta["val"] for node in nodes])
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    shared = [layer for layer in graph.layers if _can_share(layer, exact)]
+
+    def traced(tensors: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+        given = dict(zip(places, tensors, strict=True))
+        filled = tree.unflatten([given.get(i, value) for i, value in enumerate(values)], spec)
+        known = dict(zip(nodes, filled, strict=True))
+        messages = [form(m) for m in start]  # type: ignore[call-arg]
+        arrived = walk(graph, rules, known, messages, exact=exact)
+        return [*relevance(graph, rules, known, arrived), *(_evaluated(layer, known, exact) for layer in shared)]
+
+    starts = [node.meta["val"] for node in program.outputs]
+    module, stable = retrace(traced, [values[place] for place in places], starts, rules.composite)
+    joint = join(program, list(_leaves(nodes)), module, [layer.output for layer in shared])
+    simplify(joint, exact)
+    return joint, stable
+
+
+def _leaves(nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, int | None]]:
+    """The tensors among the values of `nodes`: the node, and the place in its result if that has several."""
+    for node in nodes:
+        if isinstance(node.meta["val"], Tensor):
+            yield node, None
+        elif isinstance(node.meta["val"], (list, tuple)):
+            yield from ((node, place) for place, value in enumerate(node.meta["val"]) if isinstance(value, Tensor))
+
+
+# An operation may compute more than its output, such as the indices of a maximum, which its VJP computes anew. If the
+# forward pass is made to keep that, the walk need not.
+
+
+def _can_share(layer: Layer, exact: bool) -> bool:
+    node = layer.nodes[0]
+    if len(layer.nodes) > 1 or len(layer.outputs) > 1 or layer.affine is not None or node.meta["autocast"]:
+        return False
+    if node.target is scaled_dot_product_attention:
+        return not exact
+    return node.target not in IN_WALK and node.target not in EXACT
+
+
+def _evaluated(layer: Layer, values: Any, exact: bool) -> Tensor:
+    bound = BoundLayer(layer, values, exact)
+    output, _ = vjp(bound.function(layer.inputs), *bound.inputs)
+    return output if isinstance(output, Tensor) else output[0]

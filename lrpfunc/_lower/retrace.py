@@ -1,0 +1,85 @@
+"""The walk as plain operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrpfunc._capture.environment import Environment
+from lrpfunc._capture.identity import describe_tensor
+from lrpfunc._capture.isolation import capture_lock, isolated, refuse_nested
+from lrpfunc._capture.trace import VALUE_DEPENDENT, fake_like, is_fake
+from lrpfunc._capture.watch import Watch
+from lrpfunc._errors import RuleError, opaque
+from lrpfunc._torch import FakeTensorMode, ShapeEnv, make_fx, schema
+
+
+def retrace(
+    walk: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
+    tensors: Sequence[Tensor],
+    start: Sequence[Tensor],
+    rules: Any,
+) -> tuple[fx.GraphModule, bool]:
+    """A function of tensors as plain operations, which have all the derivatives that it has.
+
+    It may use torch.func and read the tensors in `rules`, which are the last inputs of the result. Operations are
+    recorded after dispatch: a trace before it does not see the levels of transforms.
+
+    Returns:
+        The operations, and whether they may be used again: not if a number inside a tensor became part of them.
+    """
+    watches: list[Watch] = []
+    environment = Environment(rules, transformed=True, remember=True)
+
+    def trace() -> fx.GraphModule:
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        # Each is a tensor of its own: a trace takes what is the same object for the same value.
+        fakes = [fake_like(list(map(describe_tensor, group)), mode) for group in (tensors, start, environment.tensors)]
+
+        def watched(tensors: list[Tensor], start: list[Tensor], lifted: list[Tensor]) -> list[Tensor]:
+            watch = Watch({id(real): fake for real, fake in zip(environment.tensors, lifted, strict=True)}, [])
+            watches.append(watch)
+            with watch:
+                return walk(tensors, start)
+
+        functional: Any = torch.func.functionalize(watched, remove="mutations")
+        with mode:
+            return make_fx(functional, _allow_non_fake_inputs=True, decomposition_table={})(*fakes)
+
+    refuse_nested()
+    try:
+        with capture_lock:
+            module = isolated(trace)
+    except Exception as error:
+        if type(error).__name__ in VALUE_DEPENDENT:
+            raise RuleError(
+                "a rule depends on the numbers inside a tensor (`if z.sum() > 0:`, `float(z)`), which are not known "
+                "when the walk is traced. Write it with torch.where, or walk operation by operation:\n\n"
+                "    lrpfunc.attribute(model_fn, rules, lowered=False)"
+            ) from error
+        if isinstance(error, RuntimeError) and ("custom_function_call" in str(error) or "autograd.F" in str(error)):
+            raise opaque() from error
+        raise
+    finally:
+        environment.forget(is_fake)
+    if watches[-1].no_grad:
+        raise RuleError(
+            "a rule computes under torch.no_grad(), which a trace does not keep: the derivatives of relevance would "
+            "not stop there. Write x.detach(), or walk operation by operation:\n\n"
+            "    lrpfunc.attribute(model_fn, rules, lowered=False)"
+        )
+    if written := [node.name for node in module.graph.nodes if _writes(node)]:
+        raise RuleError(
+            f"a rule changes in place a tensor that it was given ({written[0]}), such as the weights of the model. A "
+            "function that is transformed must leave its arguments alone: for `weight.clamp_(min=0)`, write "
+            "`weight = weight.clamp(min=0)`"
+        )
+    return module, not watches[-1].reads
+
+
+def _writes(node: fx.Node) -> bool:
+    declared = schema(node.target)
+    return declared is not None and declared.is_mutable

@@ -1,0 +1,1 @@
+"""All that is known of torch's operators."""

@@ -1,0 +1,196 @@
+"""What is known of torch's operations, by their names in the schema; overloads share a name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lrpfunc import _tree as tree
+from lrpfunc._torch import aten, beyond_first_derivative, is_differentiated, vjp
+
+# --------------------------------------------------------------------------------------------------------------
+# Operations that simplification writes, and what runs in place of operations torch cannot differentiate twice
+
+
+def overwrite(base: Tensor, new: Tensor, view: Any) -> Tensor:
+    """`base` after `view(base)` was set to `new`, as a function.
+
+    The view's transpose puts `new` where it came from; an in-place write would fail under vmap.
+    """
+    if not base.is_floating_point():
+        result = base.clone()
+        view(result).copy_(new)
+        return result
+    _, transpose = vjp(view, base)
+    (written,) = transpose(torch.ones_like(new))
+    (placed,) = transpose(new)
+    return torch.where(written != 0, placed, base)
+
+
+def copied(target: Tensor, source: Tensor) -> Tensor:
+    """`target.copy_(source)` as a function."""
+    return source.to(dtype=target.dtype, device=target.device).expand(target.shape)
+
+
+def assigned(target: Tensor, value: Tensor) -> Tensor:
+    """`target` after it was set to `value` without gradients: the value, bit for bit, with the target's history."""
+    nothing = torch.where(target.isinf(), 0, target - target.detach())
+    return nothing + value.detach()
+
+
+def filled(target: Tensor, value: Tensor | float) -> Tensor:
+    """`target.fill_(value)` as a function."""
+    return copied(target, torch.as_tensor(value, device=target.device))
+
+
+def zeroed(target: Tensor) -> Tensor:
+    """`target.zero_()` as a function."""
+    return torch.zeros_like(target)
+
+
+def dropout_mask(x: Tensor, p: float, name: str) -> Tensor:
+    """What dropout multiplies `x` by. Dropping out ones draws the same random numbers as the model does."""
+    return getattr(aten, name)(torch.ones_like(x).detach(), p, True)
+
+
+def batch_statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics as a batch norm in training mode leaves them."""
+    dims = [0, *range(2, x.ndim)]
+    like = running_mean if running_mean is not None else running_var
+    x = x.detach() if like is None else x.detach().to(like.dtype)
+    var, mean = torch.var_mean(x, dims)
+    return (
+        None if running_mean is None else (running_mean * (1 - momentum) + mean * momentum).to(running_mean.dtype),
+        None if running_var is None else (running_var * (1 - momentum) + var * momentum).to(running_var.dtype),
+    )
+
+
+def batch_norm_affine(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+) -> Tensor:
+    """A batch norm in evaluation mode as arithmetic, differentiable in its statistics too."""
+    scale, shift = batch_norm_scale(weight, bias, running_mean, running_var, eps)
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    return x * scale.reshape(shape).to(x.dtype) + shift.reshape(shape).to(x.dtype)
+
+
+def batch_norm_scale(
+    weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The `scale` and `shift` of the affine map that a batch norm in evaluation mode is."""
+    scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
+    shift = -running_mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def batch_norm_eval(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+) -> Tensor:
+    """Torch's own batch norm, to the bit, unless somebody differentiates its statistics, which torch's cannot."""
+    if is_differentiated(running_mean) or is_differentiated(running_var):
+        return batch_norm_affine(x, weight, bias, running_mean, running_var, eps)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
+def batch_norm_train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """Bitwise torch's own, whose backward has no derivative."""
+    return torch.clamp(x + 3, 0, 6) / 6
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Torch's own, to the bit, unless derivatives are taken that its fused kernels do not have."""
+    operands = [t for t in (query, key, value, attn_mask) if t is not None]
+    attend = attention_written_out if any(map(beyond_first_derivative, operands)) else aten.scaled_dot_product_attention
+    return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def attention_written_out(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Attention by matrix products and a softmax, which has every derivative and batching rule."""
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, *args, **kwargs)[0]
+
+
+def fused(target: Any, *args: Any, **kwargs: Any) -> Any:
+    """The outputs of an operation that is also written out, or `None` where only the latter has the derivatives."""
+    tensors = [leaf for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return None if any(map(beyond_first_derivative, tensors)) else target(*args, **kwargs)
+
+
+def as_computed(written: Tensor, outputs: Any, index: int) -> Tensor:
+    """An output of a fused operation, to the bit; to relevance it is what was written out."""
+    if outputs is None:
+        return written
+    return outputs if isinstance(outputs, Tensor) else outputs[index]
+
+
+def written_out(written: Tensor, outputs: Any, index: int) -> Tensor:
+    return written
+
+
+def _chosen(written: Tensor, base: Tensor, values: Tensor) -> Tensor:
+    """`base`, with `values[k]` wherever `written` holds `k`: each place takes what was written there last."""
+    return torch.where(written < 0, base, values.reshape(-1)[written.clamp(min=0)])
+
+
+def index_put_winners(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
+    """`index_put`, whose own VJP gives to values that were overwritten too."""
+    if accumulate:
+        return aten.index_put(x, indices, values, True)
+    shape = aten.index(x.detach(), indices).shape
+    places = torch.arange(shape.numel(), device=x.device).reshape(shape)
+    written = aten.index_put(torch.full(x.shape, -1, device=x.device), indices, places)
+    return _chosen(written, x, values.expand(shape))
+
+
+def scatter_winners(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """`scatter`, likewise."""
+    places = torch.arange(index.numel(), device=x.device).reshape(index.shape)
+    written = torch.full(x.shape, -1, device=x.device).scatter(dim, index, places)
+    return _chosen(written, x, source[tuple(slice(n) for n in index.shape)])
+
+
+def index_copy_winners(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """`index_copy`, likewise."""
+    places = torch.arange(source.numel(), device=x.device).reshape(source.shape)
+    written = torch.full(x.shape, -1, device=x.device).index_copy(dim, index, places)
+    return _chosen(written, x, source)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Calling a node as it was written
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Families of operations

@@ -1,0 +1,134 @@
+"""Which rule serves which layer."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from lrpfunc._capture.environment import Environment
+from lrpfunc._errors import NoPathError, RuleError, UncoveredLayerError, opaque
+from lrpfunc._layers.graph import Graph
+from lrpfunc._layers.layer import STRUCTURAL, Kind, Layer
+from lrpfunc.composites import Composite, attn_lrp
+from lrpfunc.rules._plumbing import default_rule
+from lrpfunc.rules._rule import Rule
+from lrpfunc.rules.generic import Gradient
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """Which rule serves which layer.
+
+    Attributes:
+        composite: Where the rules come from.
+        chosen: Of each layer that relevance comes to, the place of its entry, or the rule of a layer without one.
+        key: Equal for two composites that differ in the numbers inside tensors at most.
+        tensors: Those tensors.
+    """
+
+    composite: Composite
+    chosen: Mapping[Layer, int | Rule]
+    key: Hashable
+    tensors: list[Tensor]
+
+    @cached_property
+    def rules(self) -> dict[Layer, Rule]:
+        entries = self.composite.entries
+        return {layer: entries[c][1] if isinstance(c, int) else c for layer, c in self.chosen.items()}
+
+
+def assign(graph: Graph, composite: Composite) -> Assignment:
+    """The rule of every layer: the composite's, or the exact propagation of what is linear."""
+    reads = Environment(composite, transformed=True)
+    chosen = graph.assigned.get(reads.key)
+    if chosen is None:
+        chosen = _chosen(graph, composite)
+        graph.assigned.put(reads.key, chosen)
+    return Assignment(composite, chosen, reads.key, reads.tensors)
+
+
+def _chosen(graph: Graph, composite: Composite) -> dict[Layer, int | Rule]:
+    chosen: dict[Layer, int | Rule] = {}
+    rules: dict[Layer, Rule] = {}
+    uncovered: list[Layer] = []
+    objections: list[str] = []
+    needed = set(graph.program.outputs)
+    for layer in reversed(graph.layers):
+        if needed.isdisjoint(layer.outputs):
+            continue  # relevance stops before it
+        hidden = layer.kind in STRUCTURAL or layer.is_tap
+        rule = None if hidden else composite.rule_for(layer)
+        place = None if rule is None else composite.place_for(layer)
+        if rule is None:
+            rule = Gradient() if composite.cotangent or layer.is_tap else default_rule(layer)
+        elif reason := _objection(rule, layer):
+            objections.append(f"    {layer}\n        {rule!r}: {reason}")
+        if rule is None:
+            uncovered.append(layer)
+        else:
+            rules[layer] = rule
+            chosen[layer] = rule if place is None else place
+        needed.update(layer.inputs if rule is None else rule.receivers(layer), layer.taps)
+    uncovered.reverse()
+    objections.reverse()
+    if objections:
+        raise RuleError(
+            f"{_counted(len(objections), 'layer')} cannot be served by the rule the composite gives:\n\n"
+            + "\n".join(objections)
+            + "\n\nNarrow the selector, for example `lrpfunc.name('features*') & lrpfunc.Convolution`"
+        )
+    if uncovered:
+        raise _uncovered(uncovered)
+    if custom := Environment(*rules.values(), transformed=True).custom:
+        raise opaque(custom[0].__name__)
+    softmaxes = [layer for layer in rules if layer.kind not in STRUCTURAL]
+    if {layer.kind for layer in softmaxes} == {Kind.SOFTMAX} and needed.isdisjoint({*graph.starts, *graph.sources}):
+        raise _stopped_at_once(softmaxes[0])
+    return chosen
+
+
+def _objection(rule: Rule, layer: Layer) -> str | None:
+    if len(layer.outputs) > 1 and type(rule).pull is Rule.pull:
+        return "the operation has several outputs, and the rule has no `pull` for them, as lrpfunc.Gradient() has"
+    return rule.objection(layer)
+
+
+def _uncovered(layers: list[Layer]) -> UncoveredLayerError:
+    columns = [
+        (layer.name, layer.operation, f"{', '.join(map(str, layer.input_shapes))} -> {layer.output_shape}")
+        for layer in layers
+    ]
+    widths = [max(len(row[i]) for row in columns) for i in (0, 1)]
+    table = "\n".join(f"    {n:<{widths[0]}}   {o:<{widths[1]}}   {shapes}" for n, o, shapes in columns)
+    verb = "is" if len(layers) == 1 else "are"
+    return UncoveredLayerError(
+        f"{_counted(len(layers), 'layer')} {verb} not linear and no rule covers {'it' if verb == 'is' else 'them'}:\n\n"
+        f"{table}\n\nRelevance would be lost or invented there. Add rules in front of yours, for example\n\n"
+        f"    rules = {_covering(layers)} + rules"
+    )
+
+
+def _stopped_at_once(softmax: Layer) -> NoPathError:
+    return NoPathError(
+        f"the output is a softmax\n\n    {softmax}\n\nand the rules stop all relevance there, as those of cp_lrp() do "
+        "for attention weights. Explain the logits: return them in place of the softmax, or let relevance through:\n\n"
+        "    rules = [(lrp.Softmax, lrp.TaylorSoftmax())] + rules"
+    )
+
+
+def _covering(layers: list[Layer]) -> str:
+    """What to put in front of the rules."""
+    if all(layer.kind is Kind.ACTIVATION for layer in layers):
+        return "[(lrp.Activation, lrp.Pass())]"
+    others = dict.fromkeys(layer.operation for layer in layers if attn_lrp().rule_for(layer) is None)
+    entries = ", ".join(f"(lrp.operation({name!r}), lrp.Gradient())" for name in others)
+    if len(others) == len({layer.operation for layer in layers}):
+        return f"[{entries}]"
+    return f"[{entries}] + lrp.attn_lrp()" if others else "lrp.attn_lrp()"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
