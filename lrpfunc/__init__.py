@@ -1,82 +1,166 @@
 """Layer-wise relevance propagation as a functional transform on torch.func."""
 
-from lrpfunc._api.explain import Explanation as Explanation
-from lrpfunc._api.explain import Row as Row
-from lrpfunc._api.explain import explain as explain
-from lrpfunc._api.target import contrast as contrast
-from lrpfunc._api.target import one_hot as one_hot
-from lrpfunc._api.tokens import per_token as per_token
-from lrpfunc._api.transform import attribute as attribute
-from lrpfunc._api.transform import attribute_and_value as attribute_and_value
-from lrpfunc._api.transform import vjp as vjp
-from lrpfunc._capture.module import from_module as from_module
-from lrpfunc._errors import CaptureError as CaptureError
-from lrpfunc._errors import InputError as InputError
-from lrpfunc._errors import LayerNotFoundError as LayerNotFoundError
-from lrpfunc._errors import NoPathError as NoPathError
-from lrpfunc._errors import RuleError as RuleError
-from lrpfunc._errors import TargetError as TargetError
-from lrpfunc._errors import UncoveredLayerError as UncoveredLayerError
-from lrpfunc._layers.bound import BoundLayer as BoundLayer
-from lrpfunc._layers.layer import Kind as Kind
-from lrpfunc._layers.layer import Layer as Layer
-from lrpfunc._layers.layer import Role as Role
-from lrpfunc._layers.select import Activation as Activation
-from lrpfunc._layers.select import Attention as Attention
-from lrpfunc._layers.select import AvgPool as AvgPool
-from lrpfunc._layers.select import BatchNorm as BatchNorm
-from lrpfunc._layers.select import Convolution as Convolution
-from lrpfunc._layers.select import Dense as Dense
-from lrpfunc._layers.select import Gate as Gate
-from lrpfunc._layers.select import Normalization as Normalization
-from lrpfunc._layers.select import Product as Product
-from lrpfunc._layers.select import Quotient as Quotient
-from lrpfunc._layers.select import Recurrent as Recurrent
-from lrpfunc._layers.select import ReLU as ReLU
-from lrpfunc._layers.select import Router as Router
-from lrpfunc._layers.select import Scan as Scan
-from lrpfunc._layers.select import Selector as Selector
-from lrpfunc._layers.select import Softmax as Softmax
-from lrpfunc._layers.select import Statistic as Statistic
-from lrpfunc._layers.select import Sum as Sum
-from lrpfunc._layers.select import depth as depth
-from lrpfunc._layers.select import first as first
-from lrpfunc._layers.select import last as last
-from lrpfunc._layers.select import name as name
-from lrpfunc._layers.select import operation as operation
-from lrpfunc.composites import Composite as Composite
-from lrpfunc.composites import attn_lrp as attn_lrp
-from lrpfunc.composites import beta_smooth as beta_smooth
-from lrpfunc.composites import cp_lrp as cp_lrp
-from lrpfunc.composites import deconvnet as deconvnet
-from lrpfunc.composites import epsilon as epsilon
-from lrpfunc.composites import epsilon_alpha2_beta1 as epsilon_alpha2_beta1
-from lrpfunc.composites import epsilon_alpha2_beta1_flat as epsilon_alpha2_beta1_flat
-from lrpfunc.composites import epsilon_gamma_box as epsilon_gamma_box
-from lrpfunc.composites import epsilon_plus as epsilon_plus
-from lrpfunc.composites import epsilon_plus_flat as epsilon_plus_flat
-from lrpfunc.composites import excitation_backprop as excitation_backprop
-from lrpfunc.composites import gradient as gradient
-from lrpfunc.composites import guided_backprop as guided_backprop
-from lrpfunc.composites import mamba_lrp as mamba_lrp
-from lrpfunc.rules import AlphaBeta as AlphaBeta
-from lrpfunc.rules import Epsilon as Epsilon
-from lrpfunc.rules import Flat as Flat
-from lrpfunc.rules import Gamma as Gamma
-from lrpfunc.rules import Gradient as Gradient
-from lrpfunc.rules import Norm as Norm
-from lrpfunc.rules import Pass as Pass
-from lrpfunc.rules import ReLUBetaSmooth as ReLUBetaSmooth
-from lrpfunc.rules import ReLUDeconvNet as ReLUDeconvNet
-from lrpfunc.rules import ReLUGuidedBackprop as ReLUGuidedBackprop
-from lrpfunc.rules import Rule as Rule
-from lrpfunc.rules import SignalTakesAll as SignalTakesAll
-from lrpfunc.rules import Stop as Stop
-from lrpfunc.rules import TaylorSoftmax as TaylorSoftmax
-from lrpfunc.rules import Uniform as Uniform
-from lrpfunc.rules import WSquare as WSquare
-from lrpfunc.rules import ZBox as ZBox
-from lrpfunc.rules import ZPlus as ZPlus
-from lrpfunc.rules._message import Multiplier as Multiplier
-from lrpfunc.rules._message import Relevance as Relevance
-from lrpfunc.rules._message import Stabilizer as Stabilizer
+from lrpfunc._api.explain import Explanation, Row, explain
+from lrpfunc._api.target import contrast, one_hot
+from lrpfunc._api.tokens import per_token
+from lrpfunc._api.transform import attribute, attribute_and_value, vjp
+from lrpfunc._capture.module import from_module
+from lrpfunc._errors import (
+    CaptureError,
+    InputError,
+    LayerNotFoundError,
+    NoPathError,
+    RuleError,
+    TargetError,
+    UncoveredLayerError,
+)
+from lrpfunc._layers.bound import BoundLayer
+from lrpfunc._layers.layer import Kind, Layer, Role
+from lrpfunc._layers.select import (
+    Activation,
+    Attention,
+    AvgPool,
+    BatchNorm,
+    Convolution,
+    Dense,
+    Gate,
+    Normalization,
+    Product,
+    Quotient,
+    Recurrent,
+    ReLU,
+    Router,
+    Scan,
+    Selector,
+    Softmax,
+    Statistic,
+    Sum,
+    depth,
+    first,
+    last,
+    name,
+    operation,
+)
+from lrpfunc.composites import (
+    Composite,
+    attn_lrp,
+    beta_smooth,
+    cp_lrp,
+    deconvnet,
+    epsilon,
+    epsilon_alpha2_beta1,
+    epsilon_alpha2_beta1_flat,
+    epsilon_gamma_box,
+    epsilon_plus,
+    epsilon_plus_flat,
+    excitation_backprop,
+    gradient,
+    guided_backprop,
+    mamba_lrp,
+)
+from lrpfunc.rules import (
+    AlphaBeta,
+    Epsilon,
+    Flat,
+    Gamma,
+    Gradient,
+    Norm,
+    Pass,
+    ReLUBetaSmooth,
+    ReLUDeconvNet,
+    ReLUGuidedBackprop,
+    Rule,
+    SignalTakesAll,
+    Stop,
+    TaylorSoftmax,
+    Uniform,
+    WSquare,
+    ZBox,
+    ZPlus,
+)
+from lrpfunc.rules._message import Multiplier, Relevance, Stabilizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation",
+    "AlphaBeta",
+    "Attention",
+    "AvgPool",
+    "BatchNorm",
+    "BoundLayer",
+    "CaptureError",
+    "Composite",
+    "Convolution",
+    "Dense",
+    "Epsilon",
+    "Explanation",
+    "Flat",
+    "Gamma",
+    "Gate",
+    "Gradient",
+    "InputError",
+    "Kind",
+    "Layer",
+    "LayerNotFoundError",
+    "Multiplier",
+    "NoPathError",
+    "Norm",
+    "Normalization",
+    "Pass",
+    "Product",
+    "Quotient",
+    "ReLU",
+    "ReLUBetaSmooth",
+    "ReLUDeconvNet",
+    "ReLUGuidedBackprop",
+    "Recurrent",
+    "Relevance",
+    "Role",
+    "Router",
+    "Row",
+    "Rule",
+    "RuleError",
+    "Scan",
+    "Selector",
+    "SignalTakesAll",
+    "Softmax",
+    "Stabilizer",
+    "Statistic",
+    "Stop",
+    "Sum",
+    "TargetError",
+    "TaylorSoftmax",
+    "UncoveredLayerError",
+    "Uniform",
+    "WSquare",
+    "ZBox",
+    "ZPlus",
+    "attn_lrp",
+    "attribute",
+    "attribute_and_value",
+    "beta_smooth",
+    "contrast",
+    "cp_lrp",
+    "deconvnet",
+    "depth",
+    "epsilon",
+    "epsilon_alpha2_beta1",
+    "epsilon_alpha2_beta1_flat",
+    "epsilon_gamma_box",
+    "epsilon_plus",
+    "epsilon_plus_flat",
+    "excitation_backprop",
+    "explain",
+    "first",
+    "from_module",
+    "gradient",
+    "guided_backprop",
+    "last",
+    "mamba_lrp",
+    "name",
+    "one_hot",
+    "operation",
+    "per_token",
+    "vjp",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 
 import pytest
@@ -11,12 +12,21 @@ import lrpfunc as lrp
 from lrpfunc import testing
 from tests.cases import COMPOSITES
 
-PUBLIC = [name for name in vars(lrp) if not name.startswith("_") and not inspect.ismodule(getattr(lrp, name))]
+PUBLIC = lrp.__all__
 ERRORS = [name for name in PUBLIC if name.endswith("Error")]
 SELECTORS = ["Dense", "Convolution", "Activation", "ReLU", "BatchNorm", "AvgPool", "Sum"]
 SELECTORS += ["Softmax", "Attention", "Product", "Quotient", "Normalization", "Statistic"]
 SELECTORS += ["Gate", "Router", "Recurrent", "Scan"]
 PARTS = ["BoundLayer", "Kind", "Role", "Layer", "Multiplier", "Relevance", "Explanation", "Row"]
+
+
+def test_the_public_names_are_those_that_can_be_seen() -> None:
+    seen = [name for name, value in vars(lrp).items() if not name.startswith("_") and not inspect.ismodule(value)]
+    assert sorted(lrp.__all__) == sorted(seen)
+
+
+def test_the_version_is_the_installed_one() -> None:
+    assert lrp.__version__ == importlib.metadata.version("lrpfunc")
 
 
 @pytest.mark.parametrize("name", [n for n in PUBLIC if n not in (*ERRORS, *SELECTORS, *PARTS)])

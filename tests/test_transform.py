@@ -214,8 +214,9 @@ class TestLayers:
         _, layers = lrp.attribute(model_fn, lrp.epsilon(), layers="*")(params, X)
         assert list(layers) == ["block.0", "block.1", "block", "split"]
         assert torch.equal(layers["block"], layers["block.1"])
-        assert layers["split"]["b"] is None
-        assert layers["split"]["a"].shape == X.shape
+        split: Any = layers["split"]
+        assert split["b"] is None
+        assert split["a"].shape == X.shape
 
     def test_functions_without_modules_use_parameter_paths(self) -> None:
         case = MODELS["mlp"]()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, final, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from lrpfunc._api.dynamo import Runnable, call_in_graph, register
 from lrpfunc._api.target import Contrast, OneHot, Target
 from lrpfunc._lower.bound import Bound
 
+R = TypeVar("R")
+
 
 @final
-class BoundAttribution(nn.Module):
+class BoundAttribution(nn.Module, Generic[R]):
     """What `bind` returns: a function of the remaining arguments, and a module, so that torch.export takes it.
 
     It holds copies of the parameters, and computes once what the rules make of them, such as clamped weights.
@@ -29,6 +31,14 @@ class BoundAttribution(nn.Module):
         self._bound = Bound(sum(isinstance(leaf, Tensor) for leaf in tree.leaves(params)))
         self.handle = register(self)
 
+    if TYPE_CHECKING:  # torch says only that a module can be called
+
+        @overload
+        def __call__(self, x: Tensor, /, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> R: ...
+        @overload
+        def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
     def forward(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return call_in_graph(self, args, kwargs, target)
@@ -40,7 +50,7 @@ class BoundAttribution(nn.Module):
     def value(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._function.value((self._params, *args), kwargs, self._bound)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BoundAttribution:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BoundAttribution[R]:
         """What `to`, `float` and the like call."""
         self._params = tree.map_only(Tensor, fn, self._params)
         self._bound = Bound(self._bound.count)

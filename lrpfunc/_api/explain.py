@@ -11,10 +11,11 @@ from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
 from lrpfunc._api.arguments import Explained
+from lrpfunc._api.attribution import Attribution
 from lrpfunc._api.options import Argnums, Globs
 from lrpfunc._api.request import recognise
 from lrpfunc._api.target import Contrast, OneHot, Target, start
-from lrpfunc._api.transform import Attribution, Rules, attribute
+from lrpfunc._api.transform import Rules, attribute
 from lrpfunc._capture.capture import capture
 from lrpfunc._errors import CaptureError
 from lrpfunc._layers.bound import BoundLayer

@@ -1,0 +1,164 @@
+"""The function that `attribute` makes, and how a call of it goes: one straight line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, TypeVar, final, overload
+
+import torch
+from torch import Tensor
+
+from lrpfunc import _tree as tree
+from lrpfunc._api.arguments import Explained
+from lrpfunc._api.bind import BoundAttribution
+from lrpfunc._api.dynamo import call_in_graph, register
+from lrpfunc._api.options import Options
+from lrpfunc._api.request import recognise
+from lrpfunc._api.target import Contrast, OneHot, Target, form, start, tensors_of
+from lrpfunc._capture.capture import capture
+from lrpfunc._errors import CaptureError, InputError
+from lrpfunc._lower.bound import Bound
+from lrpfunc._lower.lower import lower
+from lrpfunc._torch import is_wrapped
+from lrpfunc._walk.assign import assign
+from lrpfunc._walk.forward import Forward, op_by_op
+from lrpfunc.composites import Composite
+from lrpfunc.rules._equality import Description
+from lrpfunc.rules._message import Message, Relevance
+
+R = TypeVar("R")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Attribution(Description, Generic[R]):
+    """The function that `attribute` or `attribute_and_value` returns; it pickles, compares, hashes and prints."""
+
+    model_fn: Callable[..., Any]
+    rules: Composite
+    options: Options
+    with_value: bool
+
+    handle: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", register(self))
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(getattr(self, f.name) for f in fields(self) if f.init)
+
+    @overload
+    def __call__(
+        self, params: Any, x: Tensor, /, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any
+    ) -> R: ...
+    @overload  # what is explained may be any container of tensors
+    def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return call_in_graph(self, args, kwargs, target)
+        return self.run(args, kwargs, target)
+
+    # -- how it works
+
+    def forward(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        form: type[Message],
+        given: Sequence[Tensor] = (),
+        *,
+        bound: Bound | None = None,
+        reuse: bool = False,
+    ) -> Forward:
+        """The forward pass, run, and the walk back from it. Each step is cached on what the one before it gives.
+
+        Args:
+            args: The arguments of the model function.
+            kwargs: Its keyword arguments.
+            form: The form of the messages that relevance will start with.
+            given: The tensors, if they are known, that those are made of.
+            bound: The first of the arguments, if it is bound.
+            reuse: Whether the walk will be taken several times.
+        """
+        options = self.options
+        explained = Explained(args, options)
+        program, tensors = capture(
+            self.model_fn, args, kwargs, has_aux=options.has_aux, inline=options.inline_functions
+        )
+        graph = recognise(program, explained, options.globs)
+        rules = assign(graph, self.rules)
+        if not options.lowered:
+            return op_by_op(graph, rules, tensors)
+        # A function may make relevance to differentiate of what is not; the forward pass cannot then be run again.
+        exact = program.is_random and form is Relevance
+        return lower(
+            graph, rules, tensors, form, given, bound=bound, segments=options.segments, reuse=reuse, exact=exact
+        )
+
+    def run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        target: Target | OneHot | Contrast,
+        bound: Bound | None = None,
+    ) -> Any:
+        """The forward pass, and the walk back from where the target says."""
+        forward = self.forward(args, kwargs, form(target), tensors_of(target), bound=bound)
+        relevance = forward.pull(start(target, forward.output))
+        match self.with_value, self.options.has_aux:
+            case False, False:
+                return relevance
+            case False, True:
+                return relevance, forward.aux
+            case True, False:
+                return relevance, forward.output
+            case _:
+                return relevance, (forward.output, forward.aux)
+
+    def value(self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: Bound | None = None) -> Any:
+        """The output alone."""
+        forward = self.forward(args, kwargs, Relevance, bound=bound)
+        if forward.is_random:
+            raise CaptureError(
+                "the model function draws random numbers, and in torch.compile a function as target would see another "
+                "draw than the relevance. Call module.eval(), or give a target that is no function, such as an index"
+            )
+        return forward.output
+
+    # -- what users call
+
+    def bind(self, params: Any) -> BoundAttribution[R]:
+        """Binds the first argument, and computes once what the rules make of it alone.
+
+        Clamped, folded and merged weights are then not computed anew at each call. The result is a snapshot: it does
+        not see later changes of the parameters, nor can it be differentiated with respect to them. Calls with other
+        shapes or targets use the same weights.
+
+        Args:
+            params: The first argument of the model function.
+
+        Returns:
+            A function of the remaining arguments and of `target`. It is a `torch.nn.Module`, which `torch.export`
+            takes; the exported program needs no lrpfunc.
+
+        Raises:
+            InputError: If the first argument is explained itself, or transformed by `grad` or `vmap`.
+
+        Example:
+            >>> import torch, lrpfunc as lrp
+            >>> relevance_fn = lrp.attribute(lambda w, x: x @ w, lrp.epsilon()).bind(torch.eye(2))
+            >>> relevance_fn(torch.tensor([[1.0, 3.0]]), target=1)
+            tensor([[0.0000, 3.0000]])
+        """
+        if 0 in self.options.numbers:
+            raise InputError(
+                f"argnums={self.options.argnums} explains argument 0, which `bind` would hold fixed. Bind the "
+                "parameters of a function f(params, x), whose x is explained"
+            )
+        if any(isinstance(leaf, Tensor) and is_wrapped(leaf) for leaf in tree.leaves(params)):
+            raise InputError(
+                "`bind` was given parameters that an outer vmap, grad or jvp transforms, but it holds copies, which no "
+                "transform reaches. Call the relevance function with them:\n\n    relevance_fn(params, x)"
+            )
+        return BoundAttribution(self, params)
