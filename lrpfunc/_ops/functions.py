@@ -20,14 +20,18 @@ def overwrite(base: Tensor, new: Tensor, view: Any) -> Tensor:
 
     The view's transpose puts `new` where it came from; an in-place write would fail under vmap.
     """
-    if not base.is_floating_point():
-        result = base.clone()
-        view(result).copy_(new)
-        return result
+    if not (base.is_floating_point() or base.is_complex()):  # it has no transpose
+        written = torch.full(base.shape, -1, device=base.device)
+        view(written).copy_(torch.arange(new.numel(), device=base.device).reshape(new.shape))
+        return _chosen(written, base, new)
     _, transpose = vjp(view, base)
-    (written,) = transpose(torch.ones_like(new))
+    (written,) = transpose(torch.full_like(new, complex(1, 1) if new.is_complex() else 1))
     (placed,) = transpose(new)
-    return torch.where(written != 0, placed, base)
+    if not base.is_complex():
+        return torch.where(written != 0, placed, base)
+    # A view may be of the real part alone.
+    written, placed, base = (torch.view_as_real(part.resolve_conj()) for part in (written, placed, base))
+    return torch.view_as_complex(torch.where(written != 0, placed, base))
 
 
 def copied(target: Tensor, source: Tensor) -> Tensor:
@@ -37,7 +41,7 @@ def copied(target: Tensor, source: Tensor) -> Tensor:
 
 def assigned(target: Tensor, value: Tensor) -> Tensor:
     """`target` after it was set to `value` without gradients: the value, bit for bit, with the target's history."""
-    nothing = torch.where(target.isinf(), 0, target - target.detach())
+    nothing = torch.where(target.isfinite(), target - target.detach(), 0)
     return nothing + value.detach()
 
 
