@@ -8,8 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from torch import fx
+from torch import Tensor, fx
 
+from lrpfunc._capture.default import default
+from lrpfunc._capture.inplace import writes
+from lrpfunc._capture.program import is_float
+from lrpfunc._capture.state import State
+from lrpfunc._ops.call import operation_name
+from lrpfunc._ops.functions import as_computed, fused
 from lrpfunc._torch import aten
 
 
@@ -192,3 +198,20 @@ EXPANSIONS: dict[str, Expansion] = {
     **{f"{name}_cell": _one_step(cell) for name, cell in _CELLS.items()},
 }
 """By the name of the operation: the nodes of its outputs, or `None` where it cannot be written out."""
+
+
+def expand(state: State, node: fx.Node) -> None:
+    """A fused operation, and beside it what it does, written out."""
+    args, kwargs = state.operands(node)
+    is_written = is_float(node) and not writes(node)
+    outputs = EXPANSIONS[operation_name(node)](state.emit_new, *args, **kwargs) if is_written else None
+    if outputs is None:
+        return default(state, node)
+    value = node.meta["val"]
+    whole = state.emit(fused, (node.target, *args), kwargs, value)
+    likes = (value,) if isinstance(value, Tensor) else value
+    new = tuple(
+        state.emit(as_computed, (written, whole, index), None, like)
+        for index, (written, like) in enumerate(zip(outputs, likes, strict=True))
+    )
+    state.define(node, new[0] if isinstance(value, Tensor) else new)
