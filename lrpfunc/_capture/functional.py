@@ -1,4 +1,28 @@
-"""From a trace to a functional program: no mutation, no markers, no modes."""
+"""From a trace to a functional program: no mutation, no markers, no modes.
+
+A trace is what the model function did, one thing after another. For a module with `act = nn.ReLU(inplace=True)` and
+
+    y = x * 2
+    self.act(y)
+    with torch.no_grad():
+        scale = y.mean()
+    return y * scale
+
+it is on the left, and the program on the right:
+
+    mul = aten.mul.Tensor(x, 2)                    mul = aten.mul.Tensor(x, 2)
+    alias = aten.alias.default(tick)               # `act` begins
+    relu_ = aten.relu_.default(mul)                relu = aten.relu.default(mul)                # scopes: ("act",)
+    alias_1 = aten.alias.default(relu_)            # `act` ends, and has returned `relu`
+    _set_grad_enabled(False)
+    mean = aten.mean.default(relu_)                mean = aten.mean.default(relu)               # no_grad: True
+    _set_grad_enabled(True)
+    mul_1 = aten.mul.Tensor(relu_, mean)           mul_1 = aten.mul.Tensor(relu, mean)
+    return mul_1, alias, alias_1                   return mul_1
+
+Every operation of the program says in its `meta` what was around it, so that it can be run by itself. Most are copied;
+`HANDLERS` says which are not, and `State` what becomes of memory that is written to.
+"""
 
 from __future__ import annotations
 

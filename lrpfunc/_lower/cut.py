@@ -1,4 +1,27 @@
-"""Where the joint graph is cut: between what is bound and what is not, and where relevance starts."""
+"""Where the joint graph is cut: between what is bound and what is not, and where relevance starts.
+
+For `torch.relu(x) @ w` with `ZPlus()` and `Pass()`, after `attribute(...).bind(w)`, the operations fall into
+
+    prepare: w -> w, positive, t, zero                 # once for the bound arguments
+        sign = aten.sign.default(w)
+        add = aten.add.Tensor(sign, 0.5)
+        positive = aten.threshold_backward.default(w, add, 0)
+        t = aten.t.default(positive)
+        zero = aten.scalar_tensor.default(0)
+
+    forward: w, positive, t, zero, x -> output | output, relu, positive, t, x, zero
+        relu = aten.relu.default(x)
+        output = aten.matmul.default(relu, w)
+
+    walk: output, relu, positive, t, x, zero, start -> relevance
+        mul = aten.mul.Tensor(output, start)
+        mm = aten.mm.default(relu, positive)
+        ...
+
+What stands behind the bar is saved for the walk. An operation of the walk goes to `prepare` if that has its operands,
+and else stays in the walk, though it may not depend on the start, like `mm`: its result would take memory until the
+walk comes to it. Only if the walk will be taken several times, `reuse` moves it to the forward pass.
+"""
 
 from __future__ import annotations
 
@@ -68,6 +91,9 @@ def _clones(joint: Joint, kept: set[fx.Node]) -> list[fx.Node]:
 
 def recompute(joint: Joint, segments: int) -> None:
     """Makes the walk compute the forward pass anew, segment by segment, from what one hands to the next.
+
+    In two segments, `a = f(x); b = g(a); c = h(b); d = k(c)` hands `b` on. That is saved with `x`; where the walk needs
+    `a` or `c`, it has `f(x)` or `h(b)` of its own. Random numbers are handed on too: they are drawn once.
 
     Args:
         joint: The graph.

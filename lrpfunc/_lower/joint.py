@@ -1,4 +1,23 @@
-"""The forward pass and the walk as one graph."""
+"""The forward pass and the walk as one graph.
+
+For `torch.relu(x @ w)`, explained by `gradient()`, the program and the trace of the walk (see `retrace`) become
+
+    w, x = placeholders
+    matmul = aten.matmul.default(x, w)                                      # early: the program, as it was written
+    relu_0 = aten.relu.default(matmul)
+    start = placeholder
+    relu = aten.relu.default(matmul)                                        # late: the trace, on the program's nodes
+    threshold_backward = aten.threshold_backward.default(start, relu, 0)
+    mm = aten.mm.default(x, w)
+    t = aten.t.default(w)
+    mm_1 = aten.mm.default(threshold_backward, t)
+    relu_1 = aten.relu.default(matmul)
+    return relu_0, mm_1, relu_1
+
+Early and late are told apart from here on: what the model computes runs as it wrote it, to the bit, and what the walk
+computes may be changed. `relu_1` is how the walk would compute a layer of the program. It is returned for `passes`
+alone, which compares it with `relu_0`.
+"""
 
 from __future__ import annotations
 

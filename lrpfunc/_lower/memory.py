@@ -1,4 +1,15 @@
-"""Lets the walk write into tensors that nothing else needs."""
+"""Lets the walk write into tensors that nothing else needs.
+
+In the walk of `cut`'s example,
+
+    mul = aten.mul.Tensor(output, start)                   mul = aten.mul.Tensor(output, start)
+    mm = aten.mm.default(relu, positive)                   mm = aten.mm.default(relu, positive)
+    clamp_min = aten.clamp_min.default(mm, 0)              clamp_min = aten.clamp_min.default(mm, 0)
+    add = aten.add.Tensor(clamp_min, 1e-06)         ->     add = aten.add_.Tensor(clamp_min, 1e-06)
+    div = aten.div.Tensor(mul, add)                        div = aten.div_.Tensor(mul, add)
+
+`mul` itself is new, since `output` is a value of the forward pass, which the caller has.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,34 @@
-"""Passes over the joint graph: what is not needed, or computed twice, or known beforehand."""
+"""Passes over the joint graph: what is not needed, or computed twice, or known beforehand.
+
+The graph of `joint`, for `torch.relu(x @ w)` and `gradient()`, is left with
+
+    matmul = aten.matmul.default(x, w)
+    relu_0 = aten.relu.default(matmul)
+    threshold_backward = aten.threshold_backward.default(start, relu_0, 0)
+    t = aten.t.default(w)
+    mm_1 = aten.mm.default(threshold_backward, t)
+    return relu_0, mm_1
+
+since `mm` is dead, `relu` is `relu_1`, and that is `relu_0`. Three things are less plain:
+
+* Where an operation of the walk computes more than the one of the forward pass, the forward pass takes it over. A
+  `max_pool2d` has no indices, which its VJP needs and computes anew:
+
+      max_pool2d = aten.max_pool2d.default(relu, [2, 2])
+      ...
+      max_pool2d_with_indices = aten.max_pool2d_with_indices.default(relu, [2, 2])
+      getitem_1 = max_pool2d_with_indices[1]
+
+  After `_keep_what_is_computed` the second runs in place of the first, and the walk reads its indices.
+* Rules are written for any activation. What is known of this one makes them cheaper: for `Epsilon(0.25)` after a ReLU,
+
+      where = aten.where.self(aten.isinf.default(relu_0), 0, relu_0)        # a ReLU of finite numbers is finite
+      threshold_backward = aten.threshold_backward.default(start, relu_0, 0)
+      mul = aten.mul.Tensor(where, threshold_backward)
+
+  is `aten.mul.Tensor(relu_0, start)`: where the ReLU is off, the activation is 0 already.
+* The forward pass itself is never merged or folded: its value is the model's to the bit.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,21 @@
-"""The walk as plain operations."""
+"""The walk as plain operations.
+
+The walk is Python: rules, messages and `torch.func.vjp`. Run on fake tensors, it leaves the operations that it comes
+to. For `torch.relu(x @ w)`, explained by `gradient()`, the values of the program's nodes and the start go in,
+
+    w, x, product, output, start
+
+and what remains of two layers and two VJPs is
+
+    relu = aten.relu.default(product)                                       # the VJP of the ReLU runs it once more
+    threshold_backward = aten.threshold_backward.default(start, relu, 0)
+    mm = aten.mm.default(x, w)                                              # and that of the product too
+    t = aten.t.default(w)
+    mm_1 = aten.mm.default(threshold_backward, t)
+    return mm_1
+
+A VJP runs its function, whose values the forward pass has already. That is left for `passes` to see.
+"""
 
 from __future__ import annotations
 

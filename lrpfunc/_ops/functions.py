@@ -12,7 +12,7 @@ from lrpfunc import _tree as tree
 from lrpfunc._torch import aten, beyond_first_derivative, is_differentiated, vjp
 
 # --------------------------------------------------------------------------------------------------------------
-# Operations that simplification writes, and what runs in place of operations torch cannot differentiate twice
+# What a program has in place of operations that write to a tensor, or that torch cannot differentiate twice
 
 
 def overwrite(base: Tensor, new: Tensor, view: Any) -> Tensor:
