@@ -33,7 +33,7 @@ class Graph:
         entries: Where `layers=` may ask for relevance; a node is `None` where there is none.
         selected: Where it does.
         assigned: Which rule serves which layer, for each composite.
-        lowered: The forward pass and the walk as flat programs, for each assignment.
+        programs: The forward pass and the walk as flat programs, for each assignment.
     """
 
     program: Program
@@ -45,7 +45,7 @@ class Graph:
     entries: list[Entry]
     selected: Sequence[Entry] = ()
     assigned: Cache[Any] = field(default_factory=lambda: Cache(16))
-    lowered: Cache[Any] = field(default_factory=lambda: Cache(16))
+    programs: Cache[Any] = field(default_factory=lambda: Cache(16))
 
     @cached_property
     def requested(self) -> tuple[fx.Node, ...]:

@@ -82,16 +82,16 @@ def _programs(
 ) -> Programs:
     """The programs for a signature, from the graph's cache if they have been made."""
     key = (rules.key, form, count, segments, exact, reuse)
-    programs = graph.lowered.get(key)
+    programs = graph.programs.get(key)
     if programs is None and is_capturing():  # where none can be made, one that can do more will do
-        programs = graph.lowered.get((*key[:-2], True, reuse))
+        programs = graph.programs.get((*key[:-2], True, reuse))
     if programs is None:
         joint, stable = _joint(graph, rules, form, exact)
         if segments > 1:
             recompute(joint, segments)
         programs = cut(joint, count, reuse=reuse, exact=exact)
         if stable:
-            graph.lowered.put(key, programs)
+            graph.programs.put(key, programs)
     return programs
 
 
