@@ -168,7 +168,7 @@ def _groups(node: fx.Node) -> int:
     return int(node.args[position]) if len(node.args) > position else 1  # type: ignore[arg-type]
 
 
-def affine(node: fx.Node, active: set[fx.Node]) -> Affine | None:
+def find_affine(node: fx.Node, active: set[fx.Node]) -> Affine | None:
     """`node` as an affine layer, if exactly one of its operands depends on the explained input and it is not a bias."""
     name = operation_name(node)
     if name == "einsum":

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lrpfunc._capture.program import Program, is_float
 from lrpfunc._layers.activation import activation
-from lrpfunc._layers.affine import Affine, affine, merge
+from lrpfunc._layers.affine import Affine, find_affine, merge
 from lrpfunc._layers.facts import keeps_zero, nonnegative
 from lrpfunc._layers.kinds import Nature, nature_of
 from lrpfunc._layers.layer import Kind, Layer, Role
@@ -95,7 +95,7 @@ class Cover:
 
     def _merged_affines(self) -> dict[fx.Node, Affine]:
         kept = set(self._program.outputs)
-        found = (affine(node, self.active) for node in self._program.graph.nodes if self._reached.is_step(node))
+        found = (find_affine(node, self.active) for node in self._program.graph.nodes if self._reached.is_step(node))
         merged = (merge(a, self.active, kept) for a in found if a is not None)
         return {a.nodes[-1]: a for a in merged}
 
