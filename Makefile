@@ -1,10 +1,16 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test slow lint
+.PHONY: demo picture notebooks test slow lint
 
 demo: .venv/demo.installed
 	$(BIN)/python demo.py
+
+picture: .venv/demo.installed
+	$(BIN)/python demo.py --save docs/demo.png
+
+notebooks: .venv/notebooks.installed
+	$(BIN)/python -m notebooks.execute
 
 test: .venv/dev.installed
 	$(BIN)/python -m pytest -n 2

@@ -1,10 +1,12 @@
-"""Trains a small convolutional net on handwritten digits, explains what it reads, and draws `demo.png`.
+"""Trains a small convolutional net on handwritten digits, explains what it reads, and draws a picture of that.
 
-Run it with `make demo`; it takes some seconds.
+`make demo` draws it to `out/demo.png`, in some seconds. The one in the README, `docs/demo.png`, is drawn by
+`make picture`.
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch.nn.functional import cross_entropy, pad
 
 import lrpfunc as lrp
 
-PICTURE = Path(__file__).with_name("demo.png")
+PICTURE = Path("out/demo.png")  # where git does not look: every machine draws a slightly different one
 SHOWN_DIGITS = (0, 3, 5)
 
 # How each recipe weighs contributions, in the words of the picture.
@@ -34,6 +36,10 @@ RECIPES = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Explains what a small net reads in handwritten digits.")
+    parser.add_argument("--save", type=Path, default=PICTURE, metavar="PNG", help="where to draw the picture")
+    picture = parser.parse_args().save
+
     torch.manual_seed(0)
     digits, held_out = load()
     model = train(build(), digits)
@@ -48,8 +54,9 @@ def main() -> None:
     print(f"\nLayer by layer, by {next(iter(RECIPES))}, for the {readings[0].label}:\n\n{readings[0].table}")
 
     *clear, doubtful = readings
-    draw(clear, doubtful, explain_every_class(model, doubtful.image)).savefig(PICTURE, dpi=110)
-    print(f"\nWrote {PICTURE.name}.")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(clear, doubtful, explain_every_class(model, doubtful.image)).savefig(picture, dpi=110)
+    print(f"\nWrote {picture}.")
 
 
 # --------------------------------------------------------------------------------------------------------------
