@@ -4,9 +4,11 @@ from lrpfunc._api.explain import Explanation, Row, explain
 from lrpfunc._api.target import contrast, one_hot
 from lrpfunc._api.tokens import per_token
 from lrpfunc._api.transform import attribute, attribute_and_value, vjp
+from lrpfunc._capture.capture import clear_cache
 from lrpfunc._capture.module import from_module
 from lrpfunc._errors import (
     CaptureError,
+    CaptureWarning,
     InputError,
     LayerNotFoundError,
     NoPathError,
@@ -90,6 +92,7 @@ __all__ = [
     "BatchNorm",
     "BoundLayer",
     "CaptureError",
+    "CaptureWarning",
     "Composite",
     "Convolution",
     "Dense",
@@ -140,6 +143,7 @@ __all__ = [
     "attribute",
     "attribute_and_value",
     "beta_smooth",
+    "clear_cache",
     "contrast",
     "cp_lrp",
     "deconvnet",

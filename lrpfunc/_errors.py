@@ -31,6 +31,24 @@ class CaptureError(RuntimeError):
     """The model function cannot be captured as a pure function of tensors."""
 
 
+class CaptureWarning(UserWarning):
+    """The model function is recorded anew at every call, because it changes what it reads, or nobody can see that.
+
+    It is given once for a function, at its first or second call.
+
+    Example:
+        >>> import warnings, torch, lrpfunc as lrp
+        >>> calls = []
+        >>> relevance_fn = lrp.attribute(lambda w, x: (calls.append(0), x @ w)[1], lrp.epsilon())
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", lrp.CaptureWarning)
+        ...     for _ in range(2):
+        ...         _ = relevance_fn(torch.eye(2), torch.ones(1, 2), target=0)
+        >>> len(calls)
+        2
+    """
+
+
 def opaque(name: str | None = None) -> RuleError:
     """The error for a rule whose derivatives are hidden."""
     return RuleError(

@@ -132,6 +132,13 @@ def _has_tangent(tensor: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def innermost(tensor: Tensor) -> Tensor:
+    """The tensor that the levels of transforms are around."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def inside_transform() -> bool:
     """Whether a torch.func transform is running in this thread."""
     return functorch.peek_interpreter_stack() is not None

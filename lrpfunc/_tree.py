@@ -5,6 +5,7 @@ Arguments and outputs are flattened by torch's registry, which is what `make_fx`
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 from torch.utils._pytree import key_get, keystr
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_unflatten as unflatten
 __all__ = [
     "flatten",
     "flatten_with_path",
+    "foreign",
     "key_get",
     "keystr",
     "leaves",
@@ -33,3 +35,19 @@ __all__ = [
 def path_name(path: Any) -> str:
     """The path of a leaf, with dots: `"encoder.0.weight"`."""
     return ".".join(str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))) for entry in path)
+
+
+_OWN = frozenset({None, dict, OrderedDict, list, tuple})
+
+
+def foreign(spec: Any) -> list[tuple[Any, Any]]:
+    """The type and context of each node that is none of Python's plain containers."""
+    found: list[tuple[Any, Any]] = []
+    pending = [spec]
+    while pending:
+        node = pending.pop()
+        if node.type not in _OWN:
+            found.append((node.type, node.context))
+        if node.num_nodes > 1 + node.num_leaves or node.type not in _OWN:
+            pending += node.children()
+    return found

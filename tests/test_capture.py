@@ -6,6 +6,7 @@ import collections
 import contextvars
 import functools
 import os
+import sysconfig
 import threading
 import types
 from typing import Any, ClassVar
@@ -735,7 +736,7 @@ def test_caches_of_installed_code_keep_no_fake_tensors() -> None:
         "def scaled(x):\n    return x * table(x.shape[-1])\n"
     )
     installed: dict[str, Any] = {}
-    exec(compile(source, "lib/site-packages/positions.py", "exec"), installed)
+    exec(compile(source, os.path.join(sysconfig.get_path("purelib"), "positions.py"), "exec"), installed)
     table, scaled = installed["table"], installed["scaled"]
 
     class Positions(nn.Module):

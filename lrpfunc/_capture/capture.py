@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import sys
+import types
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,12 +15,15 @@ from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.functional import functional
-from lrpfunc._capture.identity import describe_tensor
+from lrpfunc._capture.identity import describe_tensor, identity
 from lrpfunc._capture.isolation import capture_lock, isolated, refuse_nested, surroundings
 from lrpfunc._capture.program import Program
 from lrpfunc._capture.trace import trace
+from lrpfunc._errors import CaptureWarning
 
-_programs: Cache[Program] = Cache(128)
+_SIZE = 128
+_programs: Cache[Program] = Cache(_SIZE)
+_noticed: Cache[int] = Cache(1024)
 
 
 def capture(
@@ -32,22 +39,99 @@ def capture(
         inline: Whether a custom `autograd.Function` is taken for the operations of its forward.
     """
     leaves, spec = tree.flatten((args, kwargs))
-    reads = Environment(model_fn)
-    statics = Environment(*(leaf for leaf in leaves if not isinstance(leaf, Tensor)))
+    roots = [model_fn, *(leaf for leaf in leaves if not isinstance(leaf, Tensor)), *tree.foreign(spec)]
+    reads = Environment(*roots)
     described = tuple(describe_tensor(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
-    key = (reads.key, statics.key, described, spec, has_aux, inline, *surroundings())
-    program = _programs.get(key)
+    key = (reads.key, described, spec, has_aux, inline, *surroundings())
+    programs = _programs  # what `clear_cache` begins anew gets no program that was recorded before
+    program = programs.get(key)
     if program is None:
         refuse_nested()
+        changed = None
         with capture_lock:
-            program = _programs.get(key)  # another thread may have been first
+            program = programs.get(key)  # another thread may have been first
             if program is None:
-                traced = trace(model_fn, leaves, spec, has_aux, inline, reads.tensors)
+                traced = trace(model_fn, leaves, spec, has_aux, inline, reads, roots)
                 program = isolated(lambda: functional(traced))
                 _name_inputs(program, args)
                 if traced.stable:
-                    _programs.put(key, program)
+                    programs.put(key, program)
+                changed = traced.changed
+        _warn(model_fn, reads.unknown, changed)
     return program, [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *program.enclosed(reads.tensors)]
+
+
+def clear_cache() -> None:
+    """Forgets every recorded program, so that the next call of each relevance function records its model anew.
+
+    Calls do that by themselves whenever something changed that they look up; what they look up, and what not, is
+    listed in the documentation. This is for the rest: after editing an installed package in a running session, or
+    after a change of a file that a model function reads. Programs that are running in other threads are not disturbed,
+    and none that was recorded before the call is used after it.
+
+    Example:
+        >>> import pathlib, tempfile, torch, lrpfunc as lrp
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "scale.txt")
+        >>> _ = file.write_text("2.0")
+        >>> relevance_fn = lrp.attribute(lambda x: x * float(file.read_text()), lrp.gradient(), argnums=0)
+        >>> relevance_fn(torch.ones(1, 1))
+        tensor([[2.]])
+        >>> _ = file.write_text("3.0")  # a file is read only while the model function is recorded
+        >>> lrp.clear_cache()
+        >>> relevance_fn(torch.ones(1, 1))
+        tensor([[3.]])
+    """
+    global _programs
+    _programs = Cache(_SIZE)
+
+
+def _warn(model_fn: Callable[..., Any], unknown: Sequence[str], changed: str | None) -> None:
+    """Says once of a function that it is recorded anew at every call, and why."""
+    if not unknown and changed is None:
+        return
+    name = unknown[0] if unknown else changed
+    subject = _subject(model_fn)
+    key = (identity(subject), name)
+    times = (_noticed.get(key) or 0) + 1
+    _noticed.put(key, times)
+    # What changes once, such as a flag that is set at the first call, does no harm.
+    if times != (1 if unknown else 2):
+        return
+    what = getattr(subject, "co_qualname", type(subject).__name__)
+    text = f"the model function ({what}) is recorded anew at every call, which takes far longer than the call itself: "
+    if unknown:
+        text += (
+            f"it can read `{name}`, and what is in such an object cannot be seen, so that it may be another at each "
+            "call. Read it outside of the model function, and pass what comes out of it as an argument, for example"
+            "\n\n    relevance_fn(params, x, scale=next(scales))"
+        )
+    else:
+        text += (
+            f"it changes `{name}`, which is part of what it reads, each time it runs. Change that outside of the model "
+            "function, or return the new value beside the output, for example\n\n"
+            "    return output, calls + 1  # lrpfunc.attribute(model_fn, rules, has_aux=True)"
+        )
+    warnings.warn(text, CaptureWarning, stacklevel=_callers_level())
+
+
+def _subject(model_fn: Any) -> Any:
+    """What stays the same of a function that may be made anew for each call."""
+    while True:
+        if isinstance(model_fn, functools.partial):
+            model_fn = model_fn.func
+        elif isinstance(model_fn, types.MethodType):
+            return model_fn.__self__
+        else:
+            return getattr(model_fn, "module", None) or getattr(model_fn, "__code__", model_fn)
+
+
+def _callers_level() -> int:
+    """How many frames up, for `warnings.warn`, the code stands that called lrpfunc."""
+    package, level = __name__.partition(".")[0], 1
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _name_inputs(program: Program, args: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What a function reads besides its arguments: closures, globals, defaults, attributes.
+"""What a function reads besides tensor arguments: closures, globals, defaults, attributes.
 
 A captured program may be used again only while all of that is unchanged, and the tensors among it must be read anew at
 each call. `Environment` walks it and gives a hashable key of the values and the tensors in a stable order.
@@ -6,36 +6,40 @@ each call. `Environment` walks it and gives a hashable key of the values and the
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextvars
-import enum
 import functools
 import hashlib
 import os
-import sys
 import types
-from collections.abc import Callable, Hashable
+from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lrpfunc._capture.code import imported, mentions
 from lrpfunc._capture.identity import (
+    attributes,
     describe_tensor,
+    identity,
     is_custom_function,
+    is_fixed,
     is_frozen,
     is_installed,
-    names_read,
-    serial,
-    slots,
+    is_own_class,
+    is_own_module,
+    reduction,
 )
-from lrpfunc._capture.memory import CACHED, LONG, holds
+from lrpfunc._capture.memory import IsForeign, Memory, contents, is_assigned
+from lrpfunc._capture.policy import PLAIN, policy
 from lrpfunc._errors import CaptureError
 from lrpfunc._torch import is_wrapped
 
-_PLAIN = frozenset({int, str, bytes, bool, type(None), torch.dtype, torch.device, torch.memory_format, range})
-_ATOMS = (*_PLAIN, float, complex, enum.Enum)
-_CONTAINERS = frozenset({dict, collections.OrderedDict, list, tuple, set, frozenset})
+_CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
+_LONG = 10_000  # of longer lists of numbers the key has a digest
 
 
 class _Root(str):
@@ -43,17 +47,18 @@ class _Root(str):
 
 
 class Environment:
-    """The values and tensors that `roots` can read.
+    """The values and tensors that `roots` can read. The policy for each type of object stands in `policy.py`.
 
     Args:
         roots: What to walk.
         transformed: Whether there may be tensors that a transform has wrapped.
-        remember: Whether `forget` will be called.
+        remember: Whether `forget` or `difference` will be called.
 
     Attributes:
         key: Equal for two walks if and only if nothing but the numbers inside tensors changed between them.
         tensors: The tensors met, each once, in an order that is the same for equal keys.
         custom: The custom subclasses of `torch.autograd.Function` met.
+        unknown: The names of what is never equal to anything, because what is in it cannot be seen.
     """
 
     # NOTE: [one flat key] This walk is part of every call, and what it costs is mostly the containers that it makes
@@ -65,37 +70,53 @@ class Environment:
         self._transformed = transformed
         self.tensors: list[Tensor] = []
         self.custom: list[type] = []
+        self.unknown: list[str] = []
         self._parts: list[Hashable] = []
         self._path: list[Any] = []
         self._seen: dict[int, int] = {}
         self._keep: list[Any] = []  # what must outlive the walk, so that no id is reused during it
-        self._remember = remember
-        self._memories: list[tuple[Callable[[], Any], Callable[[], None]]] = []
+        self._memory = Memory() if remember else None
+        self._places: list[tuple[int, tuple[Any, ...]]] = []  # where in the key an object begins, and its path
+        self._modules: list[tuple[str, types.ModuleType]] = []
+        self._mentioned: set[str] = {"__getattr__"}
+        self._computes = False
         for root in roots:
-            self._visit(root, _Root("model_fn"))
+            self._visit(root, _Root("model_fn" if root is roots[0] else "argument"))
+        self._read_modules()
         self.key: Hashable = tuple(self._parts)
 
-    def forget(self, is_foreign: Callable[[Any], bool]) -> None:
-        """Undoes what a trace left in memory: containers, variables and caches that hold its own tensors.
+    def forget(self, is_foreign: IsForeign) -> None:
+        """Undoes what a trace left in memory: containers, variables and caches that hold its own tensors."""
+        if self._memory is not None:
+            self._memory.forget(is_foreign)
 
-        A function may remember what it computed, for example a grid or the activations a hook collects. What it
-        computed while it was traced is of no use outside the trace.
-        """
-        for read, restore in self._memories:
-            if holds(read(), is_foreign):
-                restore()
+    def difference(self, other: Environment) -> str:
+        """The name of the first thing that two walks of the same roots disagree on."""
+        pairs = zip(self._parts, other._parts, strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._parts), len(other._parts)))
+        starts = [start for start, _ in self._places]
+        return _name(self._places[max(0, bisect.bisect_right(starts, first) - 1)][1])
+
+    def met(self) -> list[Any]:
+        """All objects met, but for plain values."""
+        return self._keep
+
+    def has(self, obj: Any) -> bool:
+        """Whether this very object was met, and is known by its identity."""
+        return id(obj) in self._seen and policy(type(obj)) in _BY_IDENTITY and not is_frozen(type(obj))
 
     def _visit(self, obj: Any, step: Any) -> None:
         """Adds what stands for `obj`; `step` is the attribute, key or index it was reached by, or nothing to tell."""
         kind = type(obj)
-        if kind in _PLAIN:
+        if self._memory is not None:
+            self._places.append((len(self._parts), (*self._path, step)))
+        if kind in PLAIN:
             self._parts += (kind, obj)
-        elif kind in _CONTAINERS and not obj:
+        elif kind is float or kind is complex:
+            self._parts += (kind, repr(obj))  # 0.0 is not -0.0, and nan is nan
+        elif (kind in _CONTAINERS and not obj) or (kind is OrderedDict and not obj and not vars(obj)):
             self._parts += (kind, 0)
-            if self._remember:
-                self._remember_container(obj)
-        elif isinstance(obj, _ATOMS):
-            self._parts += (kind, repr(obj) if isinstance(obj, (float, complex)) else obj)
+            self._remember(obj)
         elif kind is tuple and all(type(item) is int for item in obj):
             self._parts += (tuple, obj)
         elif (place := self._seen.setdefault(id(obj), len(self._seen))) < len(self._keep):
@@ -103,208 +124,296 @@ class Environment:
         else:
             self._keep.append(obj)
             self._path.append(step)
-            getattr(self, _describer(kind))(obj)
+            getattr(self, policy(kind))(obj)
             self._path.pop()
 
-    def _method(self, method: types.MethodType) -> None:
-        self._parts.append("method")
-        self._visit(method.__func__, None)
-        self._visit(method.__self__, "__self__")
+    # ---------------------------------------------------------------------------------------------------------
+    # By value
+
+    def _value(self, obj: Any) -> None:
+        kept = reduction(obj) or ()
+        self._parts += (type(obj), len(kept))
+        for part in kept[1:]:  # the first is implied by the type
+            self._visit(part, None)
+
+    def _mapping(self, obj: dict[Any, Any]) -> None:
+        self._remember(obj)
+        ordered = isinstance(obj, OrderedDict)  # which has an order of its own
+        items = list(OrderedDict.items(obj) if ordered else dict.items(obj))
+        self._parts += (type(obj), len(items))
+        for key, value in items:
+            self._visit(key, None)
+            self._visit(value, key)
+        self._rest_of_container(obj)
+
+    def _sequence(self, obj: Any) -> None:
+        # A set stands in its order, too: the tensors in it must be met in the same order each time.
+        self._remember(obj)
+        items = list(obj)
+        self._parts += (type(obj), len(items))
+        if len(items) > _LONG and all(type(item) in (int, float) for item in items):
+            self._parts.append(hashlib.blake2b(repr(items).encode()).digest())
+        else:
+            for index, item in enumerate(items):
+                self._visit(item, index)
+        self._rest_of_container(obj)
+
+    def _remember(self, obj: Any) -> None:
+        if self._memory is None:
+            return
+        if isinstance(obj, dict):
+            self._memory.mapping(obj)
+        elif isinstance(obj, (list, collections.deque)):
+            self._memory.sequence(obj)
+        elif isinstance(obj, set):
+            self._memory.collection(obj)
+
+    def _rest_of_container(self, obj: Any) -> None:
+        """What an object of a subclass has beside the items."""
+        if type(obj) not in _CONTAINERS:
+            self._parts.append(getattr(obj, "maxlen", None))  # of a deque
+            self._attributes(obj)
+            self._visit_class(type(obj))
+
+    def _view(self, view: Any) -> None:
+        mapping = view if isinstance(view, types.MappingProxyType) else view.mapping
+        pairs = list(mapping.items())
+        self._parts += (type(view), len(pairs))
+        for key, value in pairs:
+            self._visit(key, None)
+            self._visit(value, key)
+
+    def _bytes(self, obj: Any) -> None:
+        layout = (obj.format, obj.shape, obj.strides) if isinstance(obj, memoryview) else ()
+        self._parts += (type(obj), layout, bytes(obj))
+
+    def _array(self, obj: Any) -> None:
+        """An array of NumPy's."""
+        self._parts += ("array", obj.shape, obj.strides)
+        self._visit(obj.dtype, None)
+        if obj.dtype.hasobject:
+            self._visit(obj.tolist(), None)
+        else:
+            self._parts.append(hashlib.blake2b(obj.tobytes()).digest())
+        self._attributes(obj)
+        self._visit_class(type(obj))
+
+    def _reduced(self, obj: Any) -> None:
+        """What C code hides, by what pickle would keep of it, and what else there is."""
+        kept = reduction(obj)
+        if isinstance(kept, str):  # the name of something global
+            self._same(obj)
+        elif kept is None:
+            self._never(obj)
+        else:
+            self._parts += ("reduced", len(kept))
+            for part in kept:
+                self._visit(list(part) if hasattr(type(part), "__next__") else part, None)
+            self._attributes(obj)
+            self._visit_class(type(obj))
 
     def _partial(self, partial: functools.partial[Any]) -> None:
         self._parts.append("partial")
         for part in (partial.func, partial.args, partial.keywords):
             self._visit(part, None)
+        self._attributes(partial)
+        self._visit_class(type(partial))
 
-    def _cached(self, function: Any) -> None:
-        if self._remember:
-            self._memories.append((lambda: [CACHED] if function.cache_info().currsize else [], function.cache_clear))
-        self._parts.append("cached")
-        self._visit(function.__wrapped__, None)
+    def _reference(self, reference: Any) -> None:
+        self._parts.append("reference")
+        self._visit(reference(), None)
 
     def _context(self, variable: contextvars.ContextVar[Any]) -> None:
-        self._parts += ("context", serial(variable))
+        self._parts += ("context", identity(variable))
         self._visit(variable.get(None), None)
-
-    def _bytes(self, obj: Any) -> None:
-        self._parts += (type(obj), bytes(obj))
-
-    def _array(self, obj: Any) -> None:
-        digest = hashlib.blake2b(obj.tobytes()).digest()
-        self._parts += ("array", getattr(obj, "shape", len(obj)), str(getattr(obj, "dtype", "")), digest)
-
-    def _container(self, obj: Any) -> None:
-        if self._remember:
-            self._remember_container(obj)
-        if isinstance(obj, dict):
-            items = list(obj.items())
-            self._parts += (type(obj), len(items))
-            for key, value in items:
-                self._visit(key, None)
-                self._visit(value, key)
-        elif isinstance(obj, (set, frozenset)):
-            self._parts += (type(obj), frozenset(map(self._apart, obj)))
-        elif len(obj) > LONG and all(type(item) in (int, float) for item in obj):
-            self._parts += (type(obj), hashlib.blake2b(repr(obj).encode()).digest())
-        else:
-            contents = list(obj)
-            self._parts += (type(obj), len(contents))
-            for index, item in enumerate(contents):
-                self._visit(item, index)
-
-    def _remember_container(self, obj: Any) -> None:
-        if isinstance(obj, dict):
-            before = dict(obj)
-            self._memories.append((lambda: obj, lambda: (obj.clear(), obj.update(before))[0]))
-        elif isinstance(obj, (list, collections.deque)):
-            contents = list(obj)
-            self._memories.append((lambda: obj, lambda: (obj.clear(), obj.extend(contents))[0]))
-
-    def _apart(self, obj: Any) -> Hashable:
-        """What stands for `obj`, by itself."""
-        parts, self._parts = self._parts, []
-        self._visit(obj, None)
-        apart, self._parts = tuple(self._parts), parts
-        return apart
 
     def _tensor(self, tensor: Tensor) -> None:
         if is_wrapped(tensor) and not self._transformed:
-            name = self._name()
+            name = _name(tuple(self._path))
             raise CaptureError(
                 f"the model function closes over `{name}`, a tensor of shape {tuple(tensor.shape)} that an outer "
                 "vmap, grad or jvp transforms. A closure cannot be traced apart from that transform. Pass the tensor "
                 "as an argument instead, for example\n\n    relevance_fn({**params, "
                 f"{name.rpartition('.')[2]!r}: {name.rpartition('.')[2]}}}, x)"
             )
+        kind = type(tensor)
         if tensor.layout is not torch.strided:  # a trace keeps it as it is
-            self._parts += ("sparse", serial(tensor))
+            self._parts += ("sparse", identity(tensor))
         else:
             self.tensors.append(tensor)
-            self._parts += ("tensor", *describe_tensor(tensor))
+            self._parts += (kind, *describe_tensor(tensor))
+        if kind is not Tensor and kind is not nn.Parameter:
+            self._visit_class(kind)
+        if own := tensor.__dict__:
+            self._visit(own, None)
 
-    def _name(self) -> str:
-        name = ""
-        for step in self._path:
-            if isinstance(step, _Root):
-                name = step
-            elif step is not None:
-                name += f"[{step}]" if isinstance(step, int) else f".{step}"
-        return name
+    # ---------------------------------------------------------------------------------------------------------
+    # By identity, with what can be read of it
 
-    def _function(self, fn: types.FunctionType) -> None:
-        self._parts += ("function", fn.__code__)
-        for variable, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-            try:
-                contents = cell.cell_contents
-            except ValueError:  # not assigned yet
-                self._parts.append("unassigned")
-                continue
-            if self._remember:
-                restore = functools.partial(_set_cell, cell, contents)
-                self._memories.append((lambda c=cell: [c.cell_contents], restore))
-            self._visit(contents, _Root(variable))
-        if not is_installed(fn.__code__.co_filename):
-            self._globals(fn)
-        for part in (fn.__defaults__, fn.__kwdefaults__, vars(fn)):
-            self._visit(part, _Root(fn.__name__))
+    def _same(self, obj: Any) -> None:
+        self._parts += ("same", identity(obj))
 
-    def _globals(self, fn: types.FunctionType) -> None:
-        names, attributes = names_read(fn.__code__)
-        space = fn.__globals__
-        for name in names:
-            if name not in space:
-                continue
-            value = space[name]
-            if self._remember:
-                restore = functools.partial(space.__setitem__, name, value)
-                self._memories.append((lambda n=name: [space.get(n)], restore))
-            self._parts.append(name)
-            self._visit(value, _Root(name))
-            if isinstance(value, types.ModuleType):
-                self._module_attributes(value, attributes, name)
-        if attributes & {"environ", "getenv"}:
-            self._parts.append(tuple(sorted(os.environ.items())))
-        self._parts.append(...)
+    def _instance(self, obj: Any) -> None:
+        # All that a frozen dataclass is stands in its fields; of another object there may be more to know.
+        self._parts += ("instance", None if is_frozen(type(obj)) else identity(obj))
+        self._visit_class(type(obj))
+        self._attributes(obj)
 
-    def _module(self, module: types.ModuleType) -> None:
-        self._parts += ("module", module.__name__)
+    def _attributes(self, obj: Any) -> None:
+        found = attributes(obj)
+        if self._memory is not None:
+            own = getattr(obj, "__dict__", None)
+            if isinstance(own, dict):
+                self._memory.mapping(own)
+            self._memory.slots(obj)
+        self._parts.append(len(found))
+        for key, value in found:
+            self._parts.append(key)
+            # A module's own dictionaries of children and parameters are not part of the path its tensors are named by.
+            self._visit(value, None if key in _UNNAMED else key)
 
-    def _module_attributes(self, module: types.ModuleType, attributes: frozenset[str], name: str) -> None:
-        """What code reads of a module of the user's own, and of the modules inside it."""
-        if is_installed(getattr(module, "__file__", None) or "<frozen"):
-            return
-        for attribute in sorted(attributes & vars(module).keys()):
-            value = vars(module)[attribute]
-            self._parts.append(attribute)
-            self._visit(value, _Root(f"{name}.{attribute}"))
-            if isinstance(value, types.ModuleType):
-                self._module_attributes(value, attributes, f"{name}.{attribute}")
-        self._parts.append(...)
+    def _visit_class(self, cls: type) -> None:
+        if is_fixed(cls):
+            self._parts.append(cls)
+        else:
+            self._visit(cls, None)
 
     def _class(self, cls: type) -> None:
         """What instances inherit: everything of the user's classes, and what the user put into installed ones."""
         if is_custom_function(cls):
             self.custom.append(cls)
-        self._parts += ("class", serial(cls))
-        for base in cls.__mro__:
-            home = getattr(sys.modules.get(base.__module__), "__file__", None)
-            own = base.__module__ == "__main__" or (home is not None and not is_installed(home))
-            for name, member in list(vars(base).items()):
-                if own and not (name.startswith(("__", "_abc_")) and not callable(member)):
-                    self._parts.append(name)
-                    self._visit(_plain(member), _Root(f"{base.__name__}.{name}"))
-                elif type(member) is types.FunctionType and not is_installed(member.__code__.co_filename):
-                    self._parts.append(name)
-                    self._visit(member, _Root(name))
+        self._parts += ("class", identity(cls))
+        own = is_own_class(cls)
+        if own and self._memory is not None:
+            self._memory.members(cls)
+        for name, member in list(vars(cls).items()):
+            if own and not (name.startswith(("__", "_abc_")) and not callable(member)):
+                self._parts.append(name)
+                self._visit(member, _Root(f"{cls.__name__}.{name}"))
+            elif type(member) is types.FunctionType and not is_installed(member.__code__.co_filename):
+                self._parts.append(name)
+                self._visit(member, _Root(name))
+        for base in cls.__mro__[1:]:
+            self._visit_class(base)
+        if own and type(cls) is not type:
+            self._visit_class(type(cls))
         self._parts.append(...)
 
-    def _instance(self, obj: Any) -> None:
-        kind = type(obj)
-        own = getattr(obj, "__dict__", None)
-        attributes = list(own.items()) if isinstance(own, dict) else []
-        if self._remember and isinstance(own, dict):
-            before = dict(own)
-            self._memories.append((lambda: own, lambda: (own.clear(), own.update(before))[0]))
-        attributes += [(slot, getattr(obj, slot)) for slot in slots(kind) if hasattr(obj, slot)]
-        # All that a frozen dataclass is stands in its fields; of another object there may be more to know.
-        self._parts += ("instance", None if is_frozen(kind) else serial(obj), len(attributes))
-        self._visit(kind, None)
-        for key, value in attributes:
-            self._parts.append(key)
-            # A module's own dictionaries of children and parameters are not part of the path its tensors are named by.
-            self._visit(value, None if key in _UNNAMED else key)
+    # ---------------------------------------------------------------------------------------------------------
+    # By code and what it reads
+
+    def _function(self, fn: types.FunctionType) -> None:
+        self._parts += ("function", fn.__code__)
+        for variable, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+            self._cell(cell, variable)
+        if not is_installed(fn.__code__.co_filename):
+            self._globals(fn)
+        for part in (fn.__defaults__, fn.__kwdefaults__, vars(fn)):
+            self._visit(part, _Root(fn.__name__))
+
+    def _cell(self, cell: types.CellType, name: str = "cell") -> None:
+        if self._memory is not None:
+            self._memory.cell(cell)
+        value = contents(cell)
+        if is_assigned(value):
+            self._visit(value, _Root(name))
+        else:
+            self._parts.append("unassigned")
+
+    def _globals(self, fn: types.FunctionType) -> None:
+        found, space = mentions(fn.__code__), fn.__globals__
+        self._mentioned |= found.names
+        self._computes |= found.computes
+        if self._memory is not None:
+            self._memory.mapping(space, {*found.read, *found.written})
+        for name in _public(space) if found.computes_globals else found.read:
+            if name in space:
+                self._parts.append(name)
+                self._visit(space[name], _Root(name))
+        self._parts.append(...)
+        for name, level in found.imports:
+            for module in imported(name, level, space.get("__package__")):
+                self._visit(module, _Root(module.__name__))
+        self._parts.append(...)
+
+    def _method(self, method: types.MethodType) -> None:
+        self._parts.append("method")
+        self._visit(method.__func__, None)
+        self._visit(method.__self__, "__self__")
+
+    def _builtin(self, function: Any) -> None:
+        owner = function.__self__
+        if (
+            owner is None
+            or isinstance(owner, types.ModuleType)
+            or (isinstance(owner, type) and not is_own_class(owner))
+        ):
+            self._same(function)
+        else:
+            self._parts += ("builtin", function.__qualname__)
+            self._visit(owner, "__self__")
+
+    def _cached(self, function: Any) -> None:
+        if self._memory is not None:
+            self._memory.cached(function)
+        self._parts.append("cached")
+        self._visit(function.__wrapped__, None)
+
+    def _wrapper(self, member: Any) -> None:
+        """A static method, a class method or a property."""
+        parts = (member.fget, member.fset, member.fdel) if isinstance(member, property) else (member.__func__,)
+        self._parts += (type(member), len(parts))
+        for part in parts:
+            self._visit(part, None)
+
+    def _module(self, module: types.ModuleType) -> None:
+        self._parts += ("module", identity(module))
+        if is_own_module(module):
+            self._modules.append((self._path[-1] or module.__name__, module))
+            if self._memory is not None:
+                self._memory.mapping(vars(module))
+
+    def _read_modules(self) -> None:
+        """What code can read of the user's modules: whatever in them has a name that any of the code met mentions.
+
+        A module may be handed from one function to another, so that this is not asked of each function alone. What is
+        read may be code that mentions more, or another module.
+        """
+        read: set[tuple[int, str]] = set()
+        known = None
+        while known != (known := (len(self._modules), len(self._mentioned), self._computes)):
+            for path, module in list(self._modules):
+                space = vars(module)
+                for name in _public(space) if self._computes else sorted(self._mentioned & space.keys()):
+                    if (id(module), name) not in read:
+                        read.add((id(module), name))
+                        self._parts.append(name)
+                        self._visit(space[name], _Root(f"{path}.{name}"))
+        if self._mentioned & {"environ", "getenv"}:
+            self._parts.append(tuple(sorted(os.environ.items())))
+
+    # ---------------------------------------------------------------------------------------------------------
+    # Never the same
+
+    def _never(self, obj: Any) -> None:
+        self._parts += ("never", object())
+        self.unknown.append(f"{_name(tuple(self._path))} ({type(obj).__name__})")
 
 
+_BY_IDENTITY = frozenset({"_same", "_instance", "_class", "_module", "_context"})
 _UNNAMED = frozenset({"_parameters", "_buffers", "_modules"})
-_DESCRIBERS: tuple[tuple[Any, str], ...] = (
-    (Tensor, "_tensor"),
-    (types.FunctionType, "_function"),
-    (types.MethodType, "_method"),
-    (functools.partial, "_partial"),
-    (functools._lru_cache_wrapper, "_cached"),
-    (contextvars.ContextVar, "_context"),
-    (type, "_class"),
-    (types.ModuleType, "_module"),
-    ((list, tuple, set, frozenset, dict, collections.deque), "_container"),
-    ((bytearray, memoryview), "_bytes"),
-)
 
 
-@functools.lru_cache(4096)
-def _describer(kind: type) -> str:
-    """The method of `Environment` for objects of that type."""
-    for bases, method in _DESCRIBERS:
-        if issubclass(kind, bases):
-            return method
-    return "_array" if kind.__module__ in ("numpy", "array") and hasattr(kind, "tobytes") else "_instance"
+def _public(space: dict[str, Any]) -> list[str]:
+    """The names in a module, but for what the import system notes there."""
+    return sorted(name for name in space if name == "__getattr__" or not name.startswith("__"))
 
 
-def _plain(member: Any) -> Any:
-    """The function behind a static method, a class method or a property."""
-    if isinstance(member, property):
-        return member.fget
-    return getattr(member, "__func__", member)
-
-
-def _set_cell(cell: types.CellType, contents: Any) -> None:
-    cell.cell_contents = contents
+def _name(path: tuple[Any, ...]) -> str:
+    name = ""
+    for step in path:
+        if isinstance(step, _Root):
+            name = step
+        elif step is not None:
+            name += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return name

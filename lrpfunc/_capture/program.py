@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
+from lrpfunc._capture.returned import Returned
 from lrpfunc._ops.call import call, is_random
 from lrpfunc._torch import constant, map_arg
 
@@ -33,9 +34,9 @@ class Program:
     inputs: list[fx.Node]
     closed: list[tuple[fx.Node, int | Tensor]]
     outputs: list[fx.Node]
-    output_spec: tuple[list[Any], Any]
+    output_spec: Returned
     aux: list[fx.Node]
-    aux_spec: tuple[list[Any], Any]
+    aux_spec: Returned
     modules: list[tuple[str, list[fx.Node | None], Any]]
     graphs: Cache[Any] = field(default_factory=lambda: Cache(16))
 
@@ -70,16 +71,11 @@ class Program:
 
     def output(self, tensors: Sequence[Tensor]) -> Any:
         """What the model function returned, with these tensors in it."""
-        return _rebuilt(tensors, *self.output_spec)
+        return self.output_spec.rebuilt(tensors)
 
     def aux_output(self, tensors: Sequence[Tensor]) -> Any:
         """Its auxiliary output, likewise."""
-        return _rebuilt(tensors, *self.aux_spec)
-
-
-def _rebuilt(tensors: Sequence[Tensor], leaves: list[Any], spec: Any) -> Any:
-    found = iter(tensors)
-    return tree.unflatten([next(found) if leaf is None else leaf[0] for leaf in leaves], spec)
+        return self.aux_spec.rebuilt(tensors)
 
 
 def is_float(node: fx.Node) -> bool:

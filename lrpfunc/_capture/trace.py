@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,9 +18,10 @@ from lrpfunc._capture.identity import describe_tensor
 from lrpfunc._capture.isolation import isolated
 from lrpfunc._capture.markers import Recorder, recording
 from lrpfunc._capture.memory import forget_cached, is_cached
+from lrpfunc._capture.returned import Returned, returned
 from lrpfunc._capture.watch import BeginsTransform, Watch, custom_functions, refusing
 from lrpfunc._errors import CaptureError
-from lrpfunc._torch import FakeTensor, FakeTensorMode, ShapeEnv, make_fx
+from lrpfunc._torch import FakeTensor, FakeTensorMode, ShapeEnv, innermost, make_fx
 
 
 @dataclass(eq=False)
@@ -28,36 +30,30 @@ class Trace:
 
     Attributes:
         module: The traced operations; the placeholders are the tick, the environment's tensors and the arguments.
-        outputs: How to rebuild the output from the first graph outputs: the leaves (`None` for a tensor) and the spec.
+        outputs: How to rebuild the output from the first graph outputs.
         aux: The same for the auxiliary output.
         events: Where modules begin and end, as the recorder saw it, with `True` for each marker; the markers are the
             last graph outputs.
         closed: How many placeholders stand for tensors of the environment.
         constants: Tensors that are no inputs, by the name they are read by: made by the function, mostly.
         stable: Whether the trace may be used again.
+        changed: The name of what the function reads and has changed itself.
     """
 
     module: fx.GraphModule
-    outputs: tuple[list[Any], Any]
-    aux: tuple[list[Any], Any]
+    outputs: Returned
+    aux: Returned
     events: list[tuple[str, str, list[bool], Any]]
     closed: int
     constants: dict[str, Tensor]
     stable: bool
+    changed: str | None
     after_dispatch: bool
 
     @property
     def markers(self) -> int:
         """How many of the graph outputs are markers."""
         return sum(sum(marked) for _, _, marked, _ in self.events)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Isolation
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Tracing
 
 
 _Traced = tuple[fx.GraphModule, list[Any], dict[str, Any], Watch]
@@ -81,6 +77,8 @@ def _trace(
     closed: Sequence[Tensor],
     before_dispatch: bool,
     made: list[weakref.ref[Tensor]],
+    mode: FakeTensorMode,
+    before: Environment,
 ) -> _Traced:
     found: dict[str, Any] = {}
 
@@ -96,14 +94,12 @@ def _trace(
                     f"{'Tensor' if isinstance(output, Tensor) else type(output).__name__}"
                 )
             output, aux = output
-        flat: list[Any] = []
-        for name, value in (("outputs", output), ("aux", aux)):
-            values, value_spec = tree.flatten(value)
-            found[name] = ([None if isinstance(v, Tensor) else (v,) for v in values], value_spec)
-            flat.extend(v for v in values if isinstance(v, Tensor))
-        return flat
+        values, output_spec = tree.flatten(output)
+        # What is not a tensor is refused later, when it is known what is explained.
+        found["outputs"] = Returned([None if isinstance(v, Tensor) else (v, False) for v in values], output_spec)
+        found["aux"] = returned(aux, before, functools.partial(is_fake, mode=mode))
+        return [leaf for leaf in (*values, *tree.leaves(aux)) if isinstance(leaf, Tensor)]
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     scalar = ((), (), torch.float32, torch.device("cpu"))
     inputs = fake_like([scalar, *map(describe_tensor, closed), *keys], mode)
     made.extend(map(weakref.ref, inputs))
@@ -135,15 +131,25 @@ def _explain_failure(error: Exception) -> CaptureError:
     )
 
 
-def is_fake(value: Any) -> bool:
-    return isinstance(value, FakeTensor)
+def is_fake(value: Any, mode: FakeTensorMode | None = None) -> bool:
+    """Whether it is a tensor without numbers, of that trace, be it inside of a transform's."""
+    if not isinstance(value, Tensor):
+        return False
+    value = innermost(value)
+    return isinstance(value, FakeTensor) and (mode is None or value.fake_mode is mode)
 
 
 VALUE_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")
 
 
 def trace(
-    model_fn: Callable[..., Any], leaves: list[Any], spec: Any, has_aux: bool, inline: bool, closed: list[Tensor]
+    model_fn: Callable[..., Any],
+    leaves: list[Any],
+    spec: Any,
+    has_aux: bool,
+    inline: bool,
+    reads: Environment,
+    roots: Sequence[Any],
 ) -> Trace:
     """Runs the model function on fake tensors, where it does nothing but to be recorded.
 
@@ -153,19 +159,25 @@ def trace(
         spec: Their structure.
         has_aux: Whether it returns `(output, aux)`.
         inline: Whether a custom `autograd.Function` is taken for the operations of its forward.
-        closed: The tensors that it closes over.
+        reads: What it read when the program was looked for.
+        roots: What that was read from.
     """
-    environment = Environment(model_fn, remember=True)
+    closed = reads.tensors
+    before = Environment(*roots, transformed=True, remember=True)
     keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
     made: list[weakref.ref[Tensor]] = []
 
     def attempt(before_dispatch: bool, again: bool = False) -> _Traced | None:
         custom = {} if inline else custom_functions()
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        is_own = functools.partial(is_fake, mode=mode)
 
         def once() -> _Traced | None:
             try:
-                traced = _trace(model_fn, static, spec, has_aux, custom, keys, closed, before_dispatch, made)
+                traced = _trace(
+                    model_fn, static, spec, has_aux, custom, keys, closed, before_dispatch, made, mode, before
+                )
             except BeginsTransform:
                 return None  # the exception would keep what the trace has made
             return None if before_dispatch and traced[-1].has_transforms else traced
@@ -177,15 +189,15 @@ def trace(
                 raise _explain_failure(error) from error
             raise
         finally:
-            environment.forget(is_fake)
+            before.forget(is_own)
             if any(tensor() is not None for tensor in made):
-                forget_cached(is_fake)
+                forget_cached(is_own)
         if not (inline or again or custom_functions().keys() <= custom.keys()):
             return attempt(before_dispatch, again=True)  # the model function defines such a class when it is called
         return result
 
-    before = attempt(before_dispatch=True)
-    module, events, found, watch = before or cast(_Traced, attempt(before_dispatch=False))
+    whole = attempt(before_dispatch=True)
+    module, events, found, watch = whole or cast(_Traced, attempt(before_dispatch=False))
     constants = [node for node in module.graph.nodes if node.op == "get_attr"]
     # A constant that the function made is copied at once; any other one may be a tensor that was missed.
     values = {node.target: getattr(module, node.target) for node in constants}
@@ -199,5 +211,8 @@ def trace(
             "the model function makes a tensor in a way a trace cannot follow, such as torch.autograd.grad, `.data` "
             "or `set_`. Write torch.func.grad, or detach()"
         )
-    stable = own and not watch.reads
-    return Trace(module, found["outputs"], found["aux"], events, len(closed), values, stable, before is None)
+    # A function that changes what it reads goes on from there at the next call; a program would not.
+    after = Environment(*roots, transformed=True, remember=True)
+    changed = before.difference(after) if before.key != after.key and not before.unknown else None
+    stable = own and not watch.reads and reads.key == after.key
+    return Trace(module, found["outputs"], found["aux"], events, len(closed), values, stable, changed, whole is None)
