@@ -6,12 +6,7 @@ from torch import Tensor, fx
 
 from lrpfunc._layers.layer import Kind
 from lrpfunc._layers.tile import Reached, Tile, shape
-from lrpfunc._ops.call import operation_name
-from lrpfunc._ops.table import ACTIVATION, names
-
-_IN_PLACE = names("to _to_copy type_as clone alias contiguous float double half bfloat16 nan_to_num")
-_ARITHMETIC = names("add sub subtract rsub mul multiply div divide true_divide neg negative")
-_CHOICE = names("where masked_fill maximum minimum fmax fmin")
+from lrpfunc._ops.call import of
 
 
 def activation(node: fx.Node, reached: Reached) -> Tile | None:
@@ -36,7 +31,7 @@ def _joined(node: fx.Node, reached: Reached) -> Tile | None:
     for inside, root in reached.dominators(node, _pointwise):
         if any(shape(n) != shape(node) for n in (*inside, root)) or not _same_precision(inside, root):
             return None
-        if any(not _linear(n, reached) for n in inside):
+        if any(not reached.is_linear(n) for n in inside):
             nodes = tuple(sorted(inside, key=reached.order.__getitem__))
             return Tile(Kind.ACTIVATION, "pointwise", nodes, (root,))
     return None
@@ -44,7 +39,7 @@ def _joined(node: fx.Node, reached: Reached) -> Tile | None:
 
 def _is_residual(node: fx.Node, reached: Reached) -> bool:
     """`x + f(x)`: a connection around an activation, which is a layer with rules and a name of its own."""
-    if operation_name(node) != "add":
+    if of(node).name != "add":
         return False
     operands = reached.operands(node)
     return any(_nonlinear_alone(f, reached) and reached.operands(f) == [x] for x, f in (operands, operands[::-1]))
@@ -62,9 +57,9 @@ def _extended(tile: Tile, reached: Reached) -> Tile:
         operands = reached.operands(node)
         if adds and (earlier := _function(node, reached)) is not None:
             return Tile(tile.kind, tile.operation, (*earlier.nodes, *between[::-1], *tile.nodes), earlier.inputs)
-        if len(operands) != 1 or not _pointwise(node) or not _linear(node, reached) or len(node.all_input_nodes) > 1:
+        if len(operands) != 1 or not _pointwise(node) or not reached.is_linear(node) or len(node.all_input_nodes) > 1:
             break
-        adds |= operation_name(node) in ("add", "sub", "rsub")
+        adds |= of(node).kind is Kind.SUM
         between.append(node)
         (node,) = operands
     return tile
@@ -80,29 +75,15 @@ def _function(node: fx.Node, reached: Reached) -> Tile | None:
 def _nonlinear_alone(node: fx.Node, reached: Reached) -> bool:
     if not reached.is_step(node) or len(reached.operands(node)) != 1:
         return False
-    if not _pointwise(node) or _linear(node, reached):
+    if not _pointwise(node) or reached.is_linear(node):
         return False
     (x,) = reached.operands(node)
     return shape(x) == shape(node) and x.meta["val"].is_floating_point()
 
 
 def _pointwise(node: fx.Node) -> bool:
-    name = operation_name(node)
-    known = name in ACTIVATION or name in _ARITHMETIC or name in _CHOICE or name in _IN_PLACE
-    return known and isinstance(node.meta.get("val"), Tensor)
+    return of(node).pointwise and isinstance(node.meta.get("val"), Tensor)
 
 
 def _same_precision(inside: frozenset[fx.Node], root: fx.Node) -> bool:
     return all(n.meta["val"].is_floating_point() for n in (*inside, root))
-
-
-def _linear(node: fx.Node, reached: Reached) -> bool:
-    name = operation_name(node)
-    count = len(reached.operands(node))
-    if name in ("add", "sub", "subtract", "rsub", "neg", "negative", "where", "masked_fill") or name in _IN_PLACE:
-        return True
-    if name in ("mul", "multiply"):
-        return count == 1
-    if name in ("div", "divide", "true_divide"):
-        return count == 1 and node.args[0] in reached and "rounding_mode" not in node.kwargs
-    return False

@@ -9,42 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfunc._ops.call import call, operation_name
+from lrpfunc._ops.call import call, of
 from lrpfunc._ops.functions import batch_norm_eval, batch_norm_scale
+from lrpfunc._ops.operator import Kind
 from lrpfunc._torch import aten, map_arg
-
-# Where an operation that is linear in its operands has input, weight and bias.
-_DENSE = {
-    "linear": (0, 1, 2),
-    "_grouped_mm": (0, 1, None),
-    "addmm": (1, 2, 0),
-    "baddbmm": (1, 2, 0),
-    "addmv": (1, 2, 0),
-    "mm": (0, 1, None),
-    "bmm": (0, 1, None),
-    "mv": (0, 1, None),
-    "dot": (0, 1, None),
-    "inner": (0, 1, None),
-    "outer": (0, 1, None),
-    "matmul": (0, 1, None),
-    "tensordot": (0, 1, None),
-    "kron": (0, 1, None),
-    "vdot": (0, 1, None),
-}
-_CONVOLUTION = {
-    name: (0, 1, 2)
-    for name in (
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "convolution",
-    )
-}
-_RESHAPES = ("view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "flatten", "unflatten")
-_ADDS_PRODUCT = ("addmm", "baddbmm", "addmv")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +59,7 @@ class Affine:
         return operands[self.bias] if self.bias is not None and len(operands) > self.bias else None
 
     def _operands(self) -> Any:
-        return self.node.args[1] if operation_name(self.node) == "einsum" else self.node.args
+        return self.node.args[1] if of(self.node).name == "einsum" else self.node.args
 
     # -- with values
 
@@ -114,21 +82,20 @@ class Affine:
         if self.addition is None:
             return self.node.kwargs.get("alpha", 1), self.node.kwargs.get("beta", 1)
         factor: Any = self.addition.kwargs.get("alpha", 1)
-        return 1, -factor if operation_name(self.addition) == "sub" else factor
+        return 1, -factor if of(self.addition).name == "sub" else factor
 
     def __call__(self, values: Mapping[fx.Node, Any], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`f(x; weight, bias)` for an effective weight and bias, with everything else as the model has it."""
         operands = list(self._operands())
         operands[self.input], operands[self.weight] = x, weight
-        name = operation_name(self.node)
-        if name in _ADDS_PRODUCT:
+        if self.bias == 0:  # it adds a product to its first operand
             return self._add(torch.matmul(operands[1], operands[2]), bias)
         native = self._takes(bias)
         if self.bias is not None:
             operands += [None] * (self.bias + 1 - len(operands))
             operands[self.bias] = bias if native else None
         args, kwargs = map_arg((tuple(operands), self.node.kwargs), values.__getitem__)
-        z = call(self.node, (self.node.args[0], list(args)) if name == "einsum" else args, kwargs)
+        z = call(self.node, (self.node.args[0], list(args)) if of(self.node).name == "einsum" else args, kwargs)
         return z if native else self._add(z, bias)
 
     def _takes(self, bias: Tensor | None) -> bool:
@@ -150,9 +117,9 @@ def _times(factor: Any, tensor: Tensor) -> Tensor:
 
 
 def _scale_outputs(affine: Affine, weight: Tensor, scale: Tensor) -> Tensor:
-    name = operation_name(affine.node)
+    name = of(affine.node).name
     if not affine.convolution:
-        return weight * (scale if name in ("mm", "matmul", "addmm") else scale.unsqueeze(-1))
+        return weight * (scale.unsqueeze(-1) if of(affine.node).features == 0 else scale)
     transposed = name.startswith("conv_transpose") or (name == "convolution" and affine.node.args[6])
     if not transposed:
         return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
@@ -164,27 +131,25 @@ def _scale_outputs(affine: Affine, weight: Tensor, scale: Tensor) -> Tensor:
 
 def _groups(node: fx.Node) -> int:
     """The `groups` of a transposed convolution."""
-    position = 8 if operation_name(node) == "convolution" else 6
+    position = 8 if of(node).name == "convolution" else 6
     return int(node.args[position]) if len(node.args) > position else 1  # type: ignore[arg-type]
 
 
 def find_affine(node: fx.Node, active: set[fx.Node]) -> Affine | None:
     """`node` as an affine layer, if exactly one of its operands depends on the explained input and it is not a bias."""
-    name = operation_name(node)
-    if name == "einsum":
-        operands: Any = node.args[1]
-        positions: tuple[int, int, int | None] | None = (0, 1, None) if len(operands) == 2 else None
-    else:
-        operands = node.args
-        positions = _DENSE.get(name) or _CONVOLUTION.get(name)
-    if positions is None:
+    operator = of(node)
+    if operator.kind not in (Kind.DENSE, Kind.CONVOLUTION):
         return None
-    first, second, bias = positions
+    operands: Any = node.args
+    factors = operator.operands
+    if operator.name == "einsum":
+        operands = node.args[1]
+        factors = tuple(range(len(operands)))
     varying = [i for i, operand in enumerate(operands) if isinstance(operand, fx.Node) and operand in active]
-    if varying not in ([first], [second]):
+    if len(factors) != 2 or len(varying) != 1 or varying[0] not in factors:
         return None
-    weight = second if varying == [first] else first
-    return Affine(node, varying[0], weight, bias, name in _CONVOLUTION)
+    (weight,) = (place for place in factors if place != varying[0])
+    return Affine(node, varying[0], weight, operator.addend, operator.kind is Kind.CONVOLUTION)
 
 
 def merge(found: Affine, active: set[fx.Node], kept: set[fx.Node]) -> Affine:
@@ -193,7 +158,7 @@ def merge(found: Affine, active: set[fx.Node], kept: set[fx.Node]) -> Affine:
     if found.bias_node is None:
         views: list[fx.Node] = []
         last, addition = found.node, follower
-        while addition is not None and operation_name(addition) in _RESHAPES:
+        while addition is not None and of(addition).reshapes:
             views.append(addition)
             last, addition = addition, _only_user(addition, kept)
         if addition is not None and _adds_constant(last, addition, active):
@@ -234,9 +199,7 @@ def _normalizes(found: Affine, follower: fx.Node) -> bool:
     value = previous.meta["val"]
     if any(previous is a for a in follower.args[1:]) or (found.input, found.weight) not in ((0, 1), (1, 2)):
         return False
-    if not found.convolution and (
-        value.ndim != 2 or operation_name(found.node) not in ("linear", "addmm", "mm", "matmul")
-    ):
+    if not found.convolution and (value.ndim != 2 or of(found.node).features is None):
         return False
     if found.convolution and value.ndim != found.weight_node.meta["val"].ndim:
         return False  # an unbatched convolution: its first dimension is the channels

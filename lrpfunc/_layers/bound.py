@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfunc._layers.layer import Layer
-from lrpfunc._ops.call import call, operation_name
-from lrpfunc._ops.held import HELD
+from lrpfunc._ops.call import call, of
 from lrpfunc._torch import jvp, map_arg, vjp
 
 
@@ -87,7 +86,7 @@ class BoundLayer:
     def signal_function(self) -> Callable[..., Any]:
         """The layer as an affine function of its signals: statistics, gates and attention weights are held constant."""
         node = self.layer.nodes[-1]
-        held = HELD.get(operation_name(node))
+        held = of(node).held
         if held is None or len(self.layer.nodes) > 1:
             return self.function(self.layer.signals)
         args, kwargs = map_arg((node.args, node.kwargs), self.values.__getitem__)

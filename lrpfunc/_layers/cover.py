@@ -19,8 +19,7 @@ from lrpfunc._layers.normalization import normalization
 from lrpfunc._layers.roles import Roles
 from lrpfunc._layers.softmax import softmax
 from lrpfunc._layers.tile import Reached, Tile
-from lrpfunc._ops.call import operation_name
-from lrpfunc._ops.table import UNDIFFERENTIABLE
+from lrpfunc._ops.call import of, operation_name
 
 
 def _reached(program: Program, seeds: Iterable[fx.Node]) -> set[fx.Node]:
@@ -29,7 +28,7 @@ def _reached(program: Program, seeds: Iterable[fx.Node]) -> set[fx.Node]:
     for node in program.graph.nodes:
         if node.op != "call_function" or node.meta["no_grad"] or not is_float(node):
             continue
-        if operation_name(node) not in UNDIFFERENTIABLE and any(n in reached for n in node.all_input_nodes):
+        if of(node).differentiable and any(n in reached for n in node.all_input_nodes):
             reached.add(node)
     return reached
 

@@ -2,102 +2,67 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
+from lrpfunc import _tree as tree
 from lrpfunc._capture.program import Program, is_float
-from lrpfunc._ops.call import operation_name
-from lrpfunc._ops.table import FINITE, KEEPS_FINITE, KEEPS_SIGN, POSITIVE, QUOTIENT, SELECT, ZERO_AT_ZERO
+from lrpfunc._ops.call import claims, of
+from lrpfunc._ops.operator import Holds, Kind
+
+
+def _known(nodes: set[fx.Node], number: Callable[[float], bool]) -> Holds:
+    """Whether a property is known of an argument: of these nodes, of numbers that have it, and of no argument."""
+
+    def holds(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return all(map(holds, value))
+        if isinstance(value, fx.Node):
+            return value in nodes
+        return value is None or (isinstance(value, (int, float)) and number(value))
+
+    return holds
 
 
 def keeps_zero(nodes: tuple[fx.Node, ...], root: fx.Node) -> bool:
     """Whether a pointwise function of `root` is 0 where that is, and has a derivative there."""
-    zero = {root}
+    zero, singular = {root}, set[fx.Node]()
+    is_zero = _known(zero, lambda number: number == 0)
     for node in nodes:
-        if _zero_at_zero(node, zero):
+        if not singular.isdisjoint(node.all_input_nodes) or claims(of(node).singular, node, is_zero):
+            singular.add(node)  # 0 * inf is no derivative
+        elif claims(of(node).zero, node, is_zero):
             zero.add(node)
     return nodes[-1] in zero
 
 
-def _zero_at_zero(node: fx.Node, zero: set[fx.Node]) -> bool:
-    name = operation_name(node)
-    first, *others = (*node.args, None)
-    if name in ("mul", "multiply"):
-        return first in zero or others[0] in zero
-    if name in ("add", "sub", "subtract", "rsub", "maximum", "minimum"):
-        return all(a in zero or (isinstance(a, (int, float)) and a == 0) for a in (first, others[0]))
-    if name == "where":
-        return all(a in zero or (isinstance(a, (int, float)) and a == 0) for a in others[:2])
-    if first not in zero:
-        return False
-    if name in ("clamp", "clamp_min", "clamp_max", "clip", "hardtanh"):
-        return _bounds_hold_zero(node, name)
-    if name in ("pow", "float_power"):
-        return isinstance(others[0], (int, float)) and others[0] >= 1
-    if name == "masked_fill":
-        return others[1] == 0
-    quotient = name in QUOTIENT and others[0] not in zero
-    return quotient or name in ZERO_AT_ZERO or name in SELECT or name in ("neg", "negative")
-
-
-def _bounds_hold_zero(node: fx.Node, name: str) -> bool:
-    """Whether a clamp leaves 0 as it is. At a bound of 0 it is a ReLU, whose slope there torch chooses."""
-    low, high = {"hardtanh": (-1, 1)}.get(name, (None, None))
-    given: list[Any] = list(node.args[1:])
-    if name == "clamp_max":
-        given.insert(0, None)
-    given += [low, high][len(given) :]
-    bounds = [node.kwargs.get(key, value) for key, value in zip(("min", "max"), given, strict=False)]
-    numbers: list[Any] = [0 if bound is None else bound for bound in bounds]
-    return all(isinstance(n, (int, float)) for n in numbers) and numbers[0] <= 0 <= numbers[1]
+def nonnegative(program: Program) -> set[fx.Node]:
+    """The nodes whose values are known not to be negative, whatever the input."""
+    found: set[fx.Node] = set()
+    is_nonnegative = _known(found, lambda number: number >= 0)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and is_float(node) and claims(of(node).nonnegative, node, is_nonnegative):
+            found.add(node)
+    return found
 
 
 def finite(program: Program) -> set[fx.Node]:
-    """The nodes that no mask can have made infinite."""
-    known: set[fx.Node] = set()
+    """The nodes that no mask can have made infinite.
+
+    What is multiplied by matrices counts as finite, unless an infinite number is seen to have been written into it: one
+    that comes in with an input would make whole rows infinite, or no number.
+    """
+    found, masked = set[fx.Node](), set[fx.Node]()
+    is_finite = _known(found, math.isfinite)
     for node in program.graph.nodes:
-        name = operation_name(node)
-        if name in FINITE or (name in KEEPS_FINITE and all(n in known for n in node.all_input_nodes)):
-            known.add(node)
-    return known
-
-
-def nonnegative(program: Program) -> set[fx.Node]:
-    """The nodes whose values are known not to be negative, whatever the input."""
-    known: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if node.op == "call_function" and is_float(node) and _never_negative(node, known):
-            known.add(node)
-    return known
-
-
-def _never_negative(node: fx.Node, known: set[fx.Node]) -> bool:
-    """Whether no argument whatever can make the result negative; what is not listed may."""
-    name = operation_name(node)
-    first, *others = (*node.args, None)
-    if name in POSITIVE:
-        return True
-    if name == "softplus":
-        return len(node.args) == 1 and not node.kwargs
-    if name in ("clamp", "clamp_min", "clip", "hardtanh"):
-        low = node.kwargs.get("min", others[0])
-        high = node.kwargs.get("max", others[1] if len(others) > 2 else None)
-        return _not_below_zero(low, known) and (high is None or _not_below_zero(high, known))
-    if name == "pow":
-        return isinstance(others[0], int) and others[0] % 2 == 0
-    if name in ("cat", "concat", "concatenate", "stack"):
-        return all(part in known for part in first)  # type: ignore[union-attr]
-    if name in ("add", "mul", "div"):
-        operands = (first, others[0], node.kwargs.get("alpha", 1))
-        return "rounding_mode" not in node.kwargs and all(_not_below_zero(a, known) for a in operands)
-    if name in ("pad", "constant_pad_nd"):
-        numbers: list[Any] = [a for a in others[1:] if isinstance(a, (int, float))] + [node.kwargs.get("value") or 0]
-        return first in known and all(a >= 0 for a in numbers)
-    if name in ("avg_pool1d", "avg_pool2d", "avg_pool3d") and len(node.args) > 6:
-        return False  # a divisor of the user's own
-    return name in KEEPS_SIGN and first in known
-
-
-def _not_below_zero(value: Any, known: set[fx.Node]) -> bool:
-    return value >= 0 if isinstance(value, (int, float)) else value in known
+        numbers = (leaf for leaf in tree.leaves((node.args, node.kwargs)) if isinstance(leaf, float))
+        reads_mask = not masked.isdisjoint(node.all_input_nodes) or any(map(math.isinf, numbers))
+        multiplies = of(node).kind in (Kind.DENSE, Kind.CONVOLUTION)
+        if (multiplies and not reads_mask) or claims(of(node).finite, node, is_finite):
+            found.add(node)
+        elif reads_mask:
+            masked.add(node)
+    return found

@@ -10,28 +10,7 @@ from torch import fx
 
 from lrpfunc import _tree as tree
 from lrpfunc._layers.affine import Affine
-
-
-class Kind(enum.StrEnum):
-    """What a layer is, for the choice of its rule."""
-
-    DENSE = "Dense"
-    CONVOLUTION = "Convolution"
-    SUM = "Sum"
-    AVERAGE = "AvgPool"
-    LINEAR = "Linear"
-    SCALE = "Scale"
-    SELECT = "Select"
-    WINNER = "Winner"
-    BATCH_NORM = "BatchNorm"
-    ACTIVATION = "Activation"
-    SOFTMAX = "Softmax"
-    PRODUCT = "Product"
-    QUOTIENT = "Quotient"
-    ATTENTION = "Attention"
-    NORMALIZATION = "Normalization"
-    STATISTIC = "Statistic"
-    NON_LINEAR = "Non-linear"
+from lrpfunc._ops.operator import Kind as Kind
 
 
 class Role(enum.StrEnum):

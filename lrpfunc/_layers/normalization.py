@@ -8,17 +8,7 @@ from torch import fx
 
 from lrpfunc._layers.layer import Kind
 from lrpfunc._layers.tile import Reached, Tile
-from lrpfunc._ops.call import operation_name
-from lrpfunc._ops.table import AVERAGE, LINEAR, PRODUCT, QUOTIENT, SCALE, SELECT, STATISTIC, names
-
-_REDUCES = AVERAGE | {"sum", "nansum", "amax", "amin"}
-_KEEPS_DEGREE = names("abs absolute neg negative clamp clamp_min maximum")
-_POWERS = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
-
-_HOMOGENEOUS = {*STATISTIC, *_REDUCES, *_KEEPS_DEGREE, *_POWERS, *PRODUCT, *QUOTIENT} | names(
-    "getitem max min add sub cat stack pow"
-)
-"""The operations through which a degree of homogeneity is known."""
+from lrpfunc._ops.call import degree_of, of
 
 
 def normalization(node: fx.Node, reached: Reached) -> Tile | None:
@@ -28,11 +18,10 @@ def normalization(node: fx.Node, reached: Reached) -> Tile | None:
     is, and the numerator a linear function of the same `x`. Whatever else divides is no normalization: in linear
     attention the numerator is a product that its normalizer does not read.
     """
-    name = operation_name(node)
     pairs: list[tuple[Any, Any, int]] = []
-    if name in QUOTIENT and "rounding_mode" not in node.kwargs:
+    if of(node).kind is Kind.QUOTIENT:
         pairs = [(node.args[0], node.args[1], 1)]
-    elif name in PRODUCT:
+    elif of(node).name == "mul":
         first, second = node.args[:2]
         pairs = [(first, second, -1), (second, first, -1)]
     for numerator, statistic, sign in pairs:
@@ -46,18 +35,9 @@ def normalization(node: fx.Node, reached: Reached) -> Tile | None:
 
 def _linear_roots(node: fx.Node, reached: Reached) -> set[fx.Node]:
     """The nodes that `node` is a linear function of, each by itself."""
-    if not reached.is_step(node) or not _is_linear(node, reached):
+    if not reached.is_step(node) or not reached.is_linear(node):
         return {node}
-    return {node, *(root for _, root in reached.dominators(node, lambda n: _is_linear(n, reached)))}
-
-
-def _is_linear(node: fx.Node, reached: Reached) -> bool:
-    name = operation_name(node)
-    if name in SELECT or name in AVERAGE or name in LINEAR:
-        return True
-    if name in SCALE:
-        return len(reached.operands(node)) == 1 and (name not in QUOTIENT or node.args[0] in reached)
-    return False
+    return {node, *(root for _, root in reached.dominators(node, reached.is_linear))}
 
 
 class _Degree:
@@ -73,32 +53,17 @@ class _Degree:
         return self._known[node]
 
     def _step(self, node: fx.Node) -> tuple[float, bool] | None:
-        name = operation_name(node)
-        operands = self._reached.operands(node) if name in _HOMOGENEOUS or name in SELECT else []
-        if not operands:
-            return None
+        operator, operands = of(node), self._reached.operands(node)
         found = [self.of(operand) for operand in operands]
         known = [f for f in found if f is not None]
-        if len(known) < len(found):
+        if len(known) < len(found) or not known:
             return None
         degrees = [degree for degree, _ in known]
-        reduced = any(was for _, was in known)
-        first = degrees[0]
-        if name in STATISTIC:
-            return first * STATISTIC[name], True
-        if name == "getitem":
-            return first, reduced
-        if name in _REDUCES or (name in ("max", "min") and len(operands) == 1):
-            return first, True
-        if name in ("add", "sub", "cat", "stack", "maximum") and len(set(degrees)) == 1:
-            return first, reduced
-        if name in PRODUCT:
+        reduced = operator.reduces or any(was for _, was in known)
+        if operator.name == "mul":
             return sum(degrees), reduced
-        if name in QUOTIENT:
-            return (first if node.args[0] in operands else -first) - sum(degrees[1:]), reduced
-        power = _POWERS.get(name, node.args[1] if name == "pow" and node.args[0] in operands else None)
-        if isinstance(power, (int, float)):
-            return first * power, reduced
-        if len(operands) == 1 and (name in SELECT or name in _KEEPS_DEGREE):
-            return first, reduced
-        return None
+        if operator.kind is Kind.QUOTIENT:
+            first = degrees[0] if node.args[0] in operands else -degrees[0]
+            return first - sum(degrees[1:]), reduced
+        degree = 1.0 if operator.epsilon else degree_of(node)
+        return None if degree is None or len(set(degrees)) > 1 else (degrees[0] * degree, reduced)

@@ -11,12 +11,12 @@ from torch import fx
 from lrpfunc import _tree as tree
 from lrpfunc._layers.layer import Kind, Role
 from lrpfunc._layers.tile import Reached, Tile, shape
-from lrpfunc._ops.call import operation_name
-from lrpfunc._ops.table import ACTIVATION, LINEAR, SCALE, SELECT, SOFTMAX, WINNER, names
+from lrpfunc._ops.call import of
+from lrpfunc._ops.operator import Operator
 
-_SQUASHING = names("sigmoid special_expit hardsigmoid") | SOFTMAX
-_BOUNDED = names("tanh hardtanh exp")
-_CHOSEN_BY = ("gather", "index", "index_select", "take_along_dim", "take")
+_MOVES = {Kind.SELECT, Kind.SCALE, Kind.PRODUCT, Kind.QUOTIENT}
+_THROUGH = _MOVES | {Kind.SUM, Kind.LINEAR, Kind.WINNER}
+"""Kinds that keep a gate a gate, with one operand that depends on the explained input."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,19 @@ class Roles:
         """Looks back through what keeps a gate a gate: changes of shape, constants added and multiplied."""
         rank, routed = 0, False
         while self._reached.is_step(node):
-            name = operation_name(node)
+            operator = of(node)
             tile = self._tile_at(node)
             if tile is not None and tile.kind is Kind.NORMALIZATION:
                 node = tile.inputs[0]
                 continue
             if not rank:
-                rank = _rank(name, tile)
-            routed |= name == "topk" or (name in _CHOSEN_BY and self._is_chosen(node))
+                rank = _rank(operator, tile)
+            routed |= operator.name == "topk" or (operator.chooses and self._is_chosen(node))
             operands = dict.fromkeys(self._reached.operands(node))
-            through = name in SELECT or name in SCALE or name in LINEAR or name in WINNER or name == "getitem"
+            through = operator.kind in _THROUGH or operator.name == "getitem" or _is_fraction(operator)
             if tile is not None and tile.kind is Kind.SOFTMAX:
                 operands = dict.fromkeys(tile.inputs)
-            elif not through and name not in _SQUASHING:
+            elif not through:
                 break
             if len(operands) != 1:
                 break
@@ -91,7 +91,7 @@ class Roles:
         pending = [a for a in tree.leaves(node.args[1:]) if isinstance(a, fx.Node)]
         while pending:
             index = pending.pop()
-            if operation_name(index) == "topk":
+            if of(index).name == "topk":
                 return True
             if index not in self._reached and index.op == "call_function":
                 pending.extend(index.all_input_nodes)
@@ -107,7 +107,7 @@ class Roles:
         """
         carriers: set[fx.Node] = set()
         for node in self._reached.order:
-            if node in self._reached.nodes and operation_name(node) == "add" and self._reached.is_step(node):
+            if node in self._reached.nodes and of(node).name == "add" and self._reached.is_step(node):
                 operands = self._reached.operands(node)
                 if len(operands) == 2:
                     for scanned, skip in (operands, operands[::-1]):
@@ -133,11 +133,10 @@ class Roles:
         """The nodes that `node` is a constant multiple of, the nearest first; none if nothing multiplies."""
         chain, scaled = [], False
         while self._reached.is_step(node):
-            name = operation_name(node)
             operands = self._reached.operands(node)
-            if len(operands) != 1 or not (name in SELECT or name in SCALE):
+            if len(operands) != 1 or of(node).kind not in _MOVES:
                 break
-            scaled |= name in SCALE
+            scaled |= of(node).kind is not Kind.SELECT
             (node,) = operands
             chain.append(node)
         return chain if scaled else []
@@ -158,18 +157,20 @@ class Roles:
     def _decays(self, node: fx.Node, carriers: set[fx.Node]) -> bool:
         """Whether `node` is the product of a carrier with an exponential that carries nothing."""
         operands = self._reached.operands(node)
-        if operation_name(node) not in ("mul", "multiply", "matmul", "bmm", "einsum") or len(operands) < 2:
+        if of(node).kind not in (Kind.PRODUCT, Kind.DENSE) or len(operands) < 2:
             return False
         others = [self._reached.source_of(operand) for operand in operands if operand not in carriers]
-        return any(operation_name(other) == "exp" for other in others)
+        return any(of(other).name == "exp" for other in others)
 
 
-def _rank(name: str, tile: Tile | None) -> int:
+def _is_fraction(operator: Operator) -> bool:
+    return operator.gate == 2 or operator.kind is Kind.SOFTMAX
+
+
+def _rank(operator: Operator, tile: Tile | None) -> int:
     """How much the result of an operation looks like a gate: a fraction, a bounded number, an activation, nothing."""
     if tile is not None:
         return {Kind.SOFTMAX: 3, Kind.ACTIVATION: 1}.get(tile.kind, 0)
-    if name in _SQUASHING:
+    if _is_fraction(operator):
         return 3
-    if name in _BOUNDED:
-        return 2
-    return int(name in ACTIVATION)
+    return 2 if operator.gate else int(operator.kind is Kind.ACTIVATION)

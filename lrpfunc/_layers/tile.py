@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
 from lrpfunc._layers.layer import Kind
-from lrpfunc._ops.call import operation_name
-from lrpfunc._ops.table import SELECT
+from lrpfunc._ops.call import argument, of
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,25 @@ class Reached:
                 before.update(self.operands(node))
         return tuple(node for node in window if node in before and node in after)
 
-    def source_of(self, node: fx.Node, names: frozenset[str] = SELECT) -> fx.Node:
+    def is_linear(self, node: fx.Node) -> bool:
+        """Whether an operation is linear, up to constants, in all operands that depend on the explained input."""
+        operator, operands = of(node), self.operands(node)
+        match operator.kind:
+            case Kind.SELECT:
+                return True
+            case Kind.SUM | Kind.AVERAGE | Kind.LINEAR | Kind.SCALE:
+                return all(a not in self.nodes for place, a in enumerate(node.args) if place not in operator.operands)
+            case Kind.PRODUCT:
+                return len(operands) == 1
+            case Kind.QUOTIENT:
+                return len(operands) == 1 and node.args[0] in self.nodes
+        return False
+
+    def source_of(self, node: fx.Node) -> fx.Node:
         """Where a node's values were taken from, through operations that only move them."""
         while isinstance(node, fx.Node) and node.op == "call_function" and node not in self.sources:
             operands = [a for a in node.args if isinstance(a, fx.Node) and _floating(a)]
-            if operation_name(node) not in names or len(operands) != 1:
+            if of(node).kind is not Kind.SELECT or len(operands) != 1:
                 break
             node = operands[0]
         return node
@@ -100,3 +114,12 @@ def _floating(node: fx.Node) -> bool:
 
 def shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
+
+
+def axes_of(node: fx.Node) -> tuple[int, ...]:
+    """The axes that a softmax, a sum or the like works along."""
+    axes: Any = argument(node, "dim")
+    size = len(shape(node.args[0]))  # type: ignore[arg-type]
+    if axes is None or axes == []:
+        return tuple(range(size))
+    return tuple(int(a) % size for a in (axes if isinstance(axes, (list, tuple)) else (axes,)))

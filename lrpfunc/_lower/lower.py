@@ -18,7 +18,7 @@ from lrpfunc._lower.cut import Programs, cut, recompute
 from lrpfunc._lower.joint import Joint, join
 from lrpfunc._lower.passes import simplify
 from lrpfunc._lower.retrace import retrace
-from lrpfunc._ops.call import EXACT, IN_WALK
+from lrpfunc._ops.call import of
 from lrpfunc._ops.functions import scaled_dot_product_attention
 from lrpfunc._torch import constant, is_differentiated, mapped_over, vjp
 from lrpfunc._walk.assign import Assignment
@@ -143,7 +143,7 @@ def _can_share(layer: Layer, exact: bool) -> bool:
         return False
     if node.target is scaled_dot_product_attention:
         return not exact
-    return node.target not in IN_WALK and node.target not in EXACT
+    return of(node).in_walk is None
 
 
 def _evaluated(layer: Layer, values: Any, exact: bool) -> Tensor:

@@ -41,8 +41,8 @@ from torch import fx
 
 from lrpfunc._layers.facts import finite, nonnegative
 from lrpfunc._lower.joint import Joint, Written, returns
-from lrpfunc._ops.call import is_random, operation_name
-from lrpfunc._ops.table import SELECT
+from lrpfunc._ops.call import is_random, of
+from lrpfunc._ops.operator import Kind
 from lrpfunc._torch import aten, hashable
 
 
@@ -104,7 +104,7 @@ def _keep_what_is_computed(joint: Joint) -> None:
 
 
 def _is_used_beyond(step: fx.Node, steps: Sequence[fx.Node]) -> bool:
-    views = operation_name(step) in SELECT
+    views = of(step).kind is Kind.SELECT
     return not views and any(user not in steps and user.op != "output" and user.users for user in step.users)
 
 

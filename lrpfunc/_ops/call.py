@@ -1,28 +1,20 @@
-"""Calls of operators: by which name, in which place of one another, and under which modes."""
+"""Calls of operators: what is known of them, in which place of one another they run, and under which modes."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from lrpfunc._ops.functions import (
-    as_computed,
-    attention_written_out,
-    batch_norm_affine,
-    batch_norm_eval,
-    hardsigmoid,
-    index_copy_winners,
-    index_put_winners,
-    scaled_dot_product_attention,
-    scatter_winners,
-    written_out,
-)
-from lrpfunc._torch import aten, schema
+from lrpfunc._ops.functions import hardsigmoid, scaled_dot_product_attention
+from lrpfunc._ops.operator import Arguments, Condition, Holds, Operator, holds
+from lrpfunc._ops.table import POINTWISE, TABLE, UNKNOWN
+from lrpfunc._torch import OpOverload, aten, overload_name, schema
 
 
 def operation_name(node: fx.Node) -> str:
@@ -39,19 +31,49 @@ REWRITTEN: dict[Any, Any] = {
     aten.hardsigmoid.default: hardsigmoid,
     aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
 }
+"""What capture writes in place of an operation."""
 
-IN_WALK: dict[Any, Any] = {
-    as_computed: written_out,
-    scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
-    batch_norm_eval: batch_norm_affine,
-    aten.index_put.default: index_put_winners,
-    aten.scatter.src: scatter_winners,
-    aten.index_copy.default: index_copy_winners,
-}
-"""What the walk backwards evaluates in place of an operation of the forward pass."""
 
-EXACT: dict[Any, Any] = {scaled_dot_product_attention: attention_written_out}
-"""What it evaluates if the VJP will be differentiated with respect to its cotangent, or vmapped over it."""
+def of(node: fx.Node) -> Operator:
+    """The record of the operation that a node calls, under whichever mode it does."""
+    return of_target(getattr(node.target, "node", node).target)
+
+
+def of_target(target: Any) -> Operator:
+    if isinstance(target, OpOverload):
+        return _of_overload(target)
+    return UNKNOWN if isinstance(target, str) else named(operation_name_of(target))
+
+
+def named(operation: str) -> Operator:
+    """The record of an operation of that name, whichever its overload."""
+    return TABLE.get(operation, UNKNOWN)
+
+
+@cache
+def _of_overload(target: OpOverload) -> Operator:
+    """An operator of somebody else's may have a name of torch's, and any derivative."""
+    if target.namespace != "aten":
+        return UNKNOWN
+    name = operation_name_of(target)
+    default = POINTWISE if torch.Tag.pointwise in target.tags else UNKNOWN
+    return TABLE.get(f"{name}.{overload_name(target)}", TABLE.get(name, default))
+
+
+def claims(condition: Condition, node: fx.Node, known: Holds) -> bool:
+    """Whether a claim of the node's record holds of it, from what is known of its arguments."""
+    return holds(condition, _arguments(node, of(node)), known)
+
+
+def degree_of(node: fx.Node) -> float | None:
+    """The degree of homogeneity in all operands together."""
+    degree = of(node).degree
+    return degree(_arguments(node, of(node))) if callable(degree) else degree
+
+
+def _arguments(node: fx.Node, operator: Operator) -> Arguments:
+    operands = tuple(node.args[place] for place in operator.operands if place < len(node.args))
+    return Arguments(operands, partial(argument, node))
 
 
 @contextlib.contextmanager
@@ -71,14 +93,15 @@ def call(node: fx.Node, args: Any, kwargs: Any, *, exact: bool | None = None) ->
     """
     target: Any = node.target
     if exact is not None:
-        target = EXACT[target] if exact and target in EXACT else IN_WALK.get(target, target)
+        operator = of(node)
+        target = (exact and operator.exact) or operator.in_walk or target
     if node.meta.get("no_grad") or node.meta.get("autocast"):
         with _surroundings(node):
             return target(*args, **kwargs)
     return target(*args, **kwargs)
 
 
-def _argument(node: fx.Node, name: str) -> Any:
+def argument(node: fx.Node, name: str) -> Any:
     """The argument of that name, `None` if it is left to its default."""
     return argument_of(node.target, node.args, node.kwargs, name)
 
@@ -92,18 +115,10 @@ def argument_of(target: Any, args: Sequence[Any], kwargs: dict[str, Any], name: 
 
 def is_random(node: fx.Node) -> bool:
     """Whether calling the node again gives another result."""
-    node = getattr(node.target, "node", node)  # of an operation that runs under a mode
-    name = operation_name(node)
-    if name.endswith("backward"):
+    node = getattr(node.target, "node", node)
+    if operation_name(node).endswith("backward"):
         return False
-    if "scaled_dot_product" in name:
-        return bool(_argument(node, "dropout_p"))
-    if name in ("alpha_dropout", "feature_alpha_dropout"):
-        return bool(node.args[1] and node.args[2])
-    if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-        dropout, training = node.args[5:7]
-        return bool(dropout) and bool(training)
-    if name == "rrelu":
-        return True in node.args[3:4]
-    tags = getattr(node.target, "tags", ())
-    return name == "dropout_mask" or (torch.Tag.nondeterministic_seeded in tags and name != "dropout")
+    operator = of(node)
+    if operator.random is None:
+        return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return operator.random(_arguments(node, operator)) if callable(operator.random) else operator.random

@@ -1,4 +1,4 @@
-"""What is known of torch's operations, by their names in the schema; overloads share a name."""
+"""Operations that capture writes, and what runs in place of operations torch cannot differentiate twice."""
 
 from __future__ import annotations
 
@@ -190,11 +190,3 @@ def index_copy_winners(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Te
     places = torch.arange(source.numel(), device=x.device).reshape(source.shape)
     written = torch.full(x.shape, -1, device=x.device).index_copy(dim, index, places)
     return _chosen(written, x, source)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Calling a node as it was written
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Families of operations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,16 +102,3 @@ def instance_norm(
 def batch_norm_train(x: Tensor, values: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
     y = _standardized(x, values, (0, *range(2, x.ndim)), eps)
     return _scaled(y, _per_channel(weight, x.ndim), _per_channel(bias, x.ndim)).to(values.dtype)
-
-
-HELD: dict[str, Callable[..., Any]] = {
-    "layer_norm": layer_norm,
-    "native_layer_norm": native_layer_norm,
-    "rms_norm": rms_norm,
-    "_fused_rms_norm": fused_rms_norm,
-    "group_norm": group_norm,
-    "native_group_norm": native_group_norm,
-    "instance_norm": instance_norm,
-    "batch_norm_train": batch_norm_train,
-}
-"""By the name of the operation: a function of `x` and of the operation's own arguments."""

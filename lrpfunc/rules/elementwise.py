@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Kind, Layer
-from lrpfunc._ops.table import HOMOGENEOUS
+from lrpfunc._ops.call import named
 from lrpfunc._torch import vjp
 from lrpfunc.rules._message import Message, Multiplier, Relevance, divide
 from lrpfunc.rules._rule import Form, Rule, where_positive
@@ -48,7 +48,7 @@ class Pass(Rule):
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         if isinstance(message, Relevance):
             return (message,)
-        if layer.layer.operation in HOMOGENEOUS:
+        if named(layer.layer.operation).homogeneous:
             return (Multiplier(layer.vjp(message.value)[0]),)
         if not layer.layer.keeps_zero:
             return (Relevance(message.relevance(layer.output)),)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Kind, Layer
+from lrpfunc._ops.call import named
 from lrpfunc.rules._message import Message, Multiplier, Relevance, carried
 from lrpfunc.rules._plumbing import Linear
 from lrpfunc.rules._rule import Form, Rule, batched_sum_to
@@ -137,7 +138,7 @@ class Uniform(Rule):
 
 
 def _adds(layer: Layer) -> bool:
-    return layer.kind is Kind.SUM and layer.operation not in ("sum", "nansum")
+    return layer.kind is Kind.SUM and not named(layer.operation).reduces
 
 
 def _shares(layer: Layer) -> tuple[float, ...]:
