@@ -7,8 +7,9 @@ another version of torch.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.fx.graph
@@ -32,14 +33,14 @@ from torch._tensor_str import printoptions as printoptions
 from torch.fx.experimental.proxy_tensor import get_proxy_mode as get_proxy_mode
 from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 
-# Without one, fake tensors refuse operations whose shape depends on numbers with an error that says less.
-from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
-
 # Documented for graph passes, but not typed.
 from torch.fx.node import map_arg as map_arg
 
 # Tells a reentrant checkpoint, which no trace can see through, from other code under `no_grad`.
 from torch.utils.checkpoint import CheckpointFunction as CheckpointFunction
+
+# Tensors as keys by identity, which `weakref` does not have.
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lrpfunc import _tree as tree
 
@@ -57,7 +58,6 @@ set_grad_enabled: Any = torch._C._set_grad_enabled
 # The levels of `vmap`, `grad` and `jvp` around a tensor. `torch.func` exports transforms, and no way to ask for them.
 functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -70,17 +70,73 @@ def hashable(value: Any) -> Any:
     return value if isinstance(value, fx.Node) else (type(value), repr(value))  # 1, 1.0 and True are not the same
 
 
-def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
-    """`function`, around which torch.compile breaks its graph."""
-    return torch.compiler.disable(function)  # pyright: ignore
+def fake_mode() -> FakeTensorMode:
+    """Where tensors without data are made for a recording.
+
+    Without a `ShapeEnv` they refuse operations whose shape depends on numbers with an error that says less. It imports
+    sympy, so that it is imported with the first recording. `torch.export` makes its own, and exports neither.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Runs what is compiled inside of it, by anybody, as if it were not.
+
+    A function that contains a compiled one would wait for a lock that its caller holds. The option is not documented:
+    without it a compiled function refuses to be recorded; what it wants instead is `torch.export`.
+    """
+    with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+        yield
+
+
+def install_guard(obj: Any, state: Callable[[Any], Any], reason: str) -> None:
+    """Makes Dynamo trace what it is tracing anew as soon as `state(obj)` is another.
+
+    Dynamo itself guards what it sees Python code read, and it sees nothing of how a model function is recorded. Nothing
+    public adds a guard; the `guard_fn` of torch's custom classes (`torch._library.opaque_object`) may become that.
+    """
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.source import GlobalStateSource
+    from torch._guards import Guard
+
+    reference = weakref.ref(obj)
+
+    def create(builder: Any, guard: Guard) -> None:
+        expected = state(obj)
+        # Last of the guards, because it is the dearest.
+        builder.guard_manager.root.add_epilogue_lambda_guard(
+            lambda _: (alive := reference()) is not None and state(alive) == expected, [reason], None
+        )
+
+    install_guard(Guard(GlobalStateSource(), create))
+
+
+_constants: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def constant(tensors: Iterable[Any]) -> list[Any]:
     """Tensors that are no inputs; a compiler that traces the call takes them for constants."""
     if not torch.compiler.is_compiling():
         return list(tensors)
-    lift = torch.ops.aten.lift_fresh_copy
-    return [lift(value) if type(value) in (Tensor, torch.nn.Parameter) else value for value in tensors]
+    return [_lifted(value) if type(value) in (Tensor, torch.nn.Parameter) else value for value in tensors]
+
+
+def _lifted(tensor: Tensor) -> Tensor:
+    _constants[tensor] = True
+    return torch.ops.aten.lift_fresh_copy(tensor)
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether a compiler has taken the tensor for a constant."""
+    return tensor in _constants
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often somebody has written to a tensor; `None` if it does not count. Nothing public tells."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def is_wrapped(tensor: Tensor) -> bool:

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrpfunc as lrp
 from benchmarks.measure import flops, gradient, peak_memory
-from lrpfunc._api import dynamo
 from lrpfunc._capture import capture
 from lrpfunc._lower import lower
 from tests.cases import ATTENTION_CASES, ATTENTION_COMPOSITES, ATTENTION_MODELS, COMPOSITES, MODELS, normal, randomized
@@ -518,17 +517,6 @@ def test_exports_to_a_process_without_lrpfunc(reordering: Any, tmp_path: Path) -
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Other dtypes and layouts
-
-
-def test_what_compiling_remembers_is_forgotten_with_the_function() -> None:
-    relevance_fn = lrp.attribute(lambda w, x: x @ w, lrp.epsilon())
-    torch.compile(relevance_fn, fullgraph=True, backend="eager")(normal(3, 2), normal(1, 3), target=1)
-    handle = relevance_fn.handle
-    assert handle in dynamo._results
-    del relevance_fn
-    torch.compiler.reset()
-    gc.collect()
-    assert handle not in dynamo._results
 
 
 @pytest.mark.parametrize(("models", "model", "rules"), BOTH)

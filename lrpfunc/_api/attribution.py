@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar, final, overload
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from lrpfunc import _tree as tree
 from lrpfunc._api.arguments import Explained
 from lrpfunc._api.bind import BoundAttribution
-from lrpfunc._api.dynamo import call_in_graph, register
 from lrpfunc._api.options import Options
 from lrpfunc._api.request import recognise
 from lrpfunc._api.target import Contrast, OneHot, Target, form, start, tensors_of
+from lrpfunc._api.uncompiled import uncompiled
 from lrpfunc._capture.capture import capture
 from lrpfunc._errors import CaptureError, InputError
 from lrpfunc._lower.bound import Bound
@@ -40,13 +40,8 @@ class Attribution(Description, Generic[R]):
     options: Options
     with_value: bool
 
-    handle: str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "handle", register(self))
-
     def __reduce__(self) -> Any:
-        return type(self), tuple(getattr(self, f.name) for f in fields(self) if f.init)
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
     @overload
     def __call__(
@@ -56,10 +51,22 @@ class Attribution(Description, Generic[R]):
     def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any: ...
     def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
+            from lrpfunc._api.dynamo import call_in_graph  # imports torch._dynamo
+
             return call_in_graph(self, args, kwargs, target)
         return self.run(args, kwargs, target)
 
     # -- how it works
+
+    @property
+    def reads(self) -> tuple[Any, ...]:
+        """What a call reads besides its arguments."""
+        return self.model_fn, self.rules
+
+    @property
+    def bound_tensors(self) -> Sequence[Tensor]:
+        """No tensor is bound; see `BoundAttribution`."""
+        return ()
 
     def forward(
         self,
@@ -128,6 +135,7 @@ class Attribution(Description, Generic[R]):
 
     # -- what users call
 
+    @uncompiled
     def bind(self, params: Any) -> BoundAttribution[R]:
         """Binds the first argument, and computes once what the rules make of it alone.
 

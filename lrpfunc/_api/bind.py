@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, final, overload
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, final, overload
 
 import torch
 from torch import Tensor, nn
 
 from lrpfunc import _tree as tree
-from lrpfunc._api.dynamo import Runnable, call_in_graph, register
 from lrpfunc._api.target import Contrast, OneHot, Target
 from lrpfunc._lower.bound import Bound
 
 R = TypeVar("R")
+
+
+class Runnable(Protocol):
+    """A relevance function, which may have its first argument bound."""
+
+    @property
+    def reads(self) -> tuple[Any, ...]: ...
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, bound: Any = None) -> Any: ...
+
+    def value(self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: Any = None) -> Any: ...
 
 
 @final
@@ -29,7 +39,6 @@ class BoundAttribution(nn.Module, Generic[R]):
         with torch.inference_mode(False):  # so that derivatives can be taken later
             self._params = tree.map_only(Tensor, lambda tensor: tensor.detach().clone(), params)
         self._bound = Bound(sum(isinstance(leaf, Tensor) for leaf in tree.leaves(params)))
-        self.handle = register(self)
 
     if TYPE_CHECKING:  # torch says only that a module can be called
 
@@ -41,8 +50,20 @@ class BoundAttribution(nn.Module, Generic[R]):
 
     def forward(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
+            from lrpfunc._api.dynamo import call_in_graph  # imports torch._dynamo
+
             return call_in_graph(self, args, kwargs, target)
         return self.run(args, kwargs, target)
+
+    @property
+    def reads(self) -> tuple[Any, ...]:
+        """What a call reads besides its arguments and what is bound."""
+        return self._function.reads
+
+    @property
+    def bound_tensors(self) -> Sequence[Tensor]:
+        """What is bound, as a list."""
+        return [leaf for leaf in tree.leaves(self._params) if isinstance(leaf, Tensor)]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target | OneHot | Contrast) -> Any:
         return self._function.run((self._params, *args), kwargs, target, self._bound)

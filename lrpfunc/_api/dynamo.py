@@ -2,34 +2,36 @@
 
 Dynamo cannot follow how a model function is captured. What it may put into its graph as a whole takes tensors, numbers
 and plain containers of them, and returns tensors; the rest of a call goes past it, by a name and a description.
+
+This module is imported while Dynamo traces a call, as Dynamo runs `import` statements for real: its decorators import
+`torch._dynamo`, which takes longer than `import torch`.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lrpfunc._api.target import Contrast, OneHot
+from lrpfunc._capture.environment import Environment
+from lrpfunc._capture.identity import identity
+from lrpfunc._capture.isolation import surroundings
 from lrpfunc._errors import CaptureError
-
-
-class Runnable(Protocol):
-    """A relevance function, which may have its first argument bound."""
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, bound: Any = None) -> Any: ...
-
-    def value(self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: Any = None) -> Any: ...
+from lrpfunc._torch import install_guard, is_constant, version_of
 
 
 class Function(Protocol):
-    """What can be called inside torch.compile, once it has a name from `register`."""
+    """What can be called inside torch.compile."""
 
     @property
-    def handle(self) -> str: ...
+    def reads(self) -> tuple[Any, ...]: ...
+
+    @property
+    def bound_tensors(self) -> Sequence[Tensor]: ...
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Any: ...
 
@@ -38,26 +40,50 @@ class Function(Protocol):
 
 _functions: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _results: dict[str, Any] = {}
-_counter = itertools.count()
-
-
-def register(function: Function) -> str:
-    """The name of `function` in graphs; a number would be taken for one that may change."""
-    handle = str(next(_counter))
-    _functions[handle] = function
-    return handle
 
 
 def call_in_graph(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Any:
     """`function.run(args, kwargs, target)`, as Dynamo traces it."""
+    handle = _guarded(function)
     if isinstance(target, (OneHot, Contrast)):
         target = _encoded(target)
     elif callable(target) and not isinstance(target, Tensor):
         # Dynamo follows the target itself; what the graph then has of the forward pass twice, the compiler merges.
-        outputs = _value(function.handle, args, kwargs)
-        target = ("relevance", target(_rebuilt(_shape(function.handle), outputs)))
-    results = _run(function.handle, args, kwargs, target)
-    return _rebuilt(_shape(function.handle), results)
+        outputs = _value(handle, args, kwargs)
+        target = ("relevance", target(_rebuilt(_shape(handle), outputs)))
+    results = _run(handle, args, kwargs, target)
+    return _rebuilt(_shape(handle), results)
+
+
+@torch.compiler.disable(reason="lrpfunc makes a function here, and a graph returns tensors")
+def call_outside(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`function(*args, **kwargs)`, around which Dynamo breaks its graph."""
+    return function(*args, **kwargs)
+
+
+@torch.compiler.assume_constant_result
+def _guarded(function: Function) -> str:
+    """The name of `function` in graphs, for as long as nothing that it reads has changed; then it is traced again.
+
+    Dynamo runs this for real, and guards that `function` is the same object. A name is a string because a number would
+    be taken for one that may change.
+    """
+    handle = str(identity(function))
+    _functions[handle] = function
+    install_guard(function, _state, "something that the model function or a rule reads has changed")
+    return handle
+
+
+def _state(function: Function) -> Hashable:
+    """What of the function and its surroundings is part of compiled code.
+
+    Some of the tensors that it closes over are constants there. One that is replaced or written to is another constant.
+    Others may change, as a module's own parameters do that are given as an argument.
+    """
+    environment = Environment(*function.reads, transformed=True)
+    closed = [tensor if is_constant(tensor) else None for tensor in environment.tensors]
+    constants = [t if t is None else (identity(t), version_of(t)) for t in (*closed, *function.bound_tensors)]
+    return environment.key, tuple(constants), *surroundings()
 
 
 @torch.compiler.allow_in_graph

@@ -11,8 +11,8 @@ from lrpfunc import _tree as tree
 from lrpfunc._api.attribution import Attribution
 from lrpfunc._api.options import Argnums, Globs, Options
 from lrpfunc._api.target import relevances
+from lrpfunc._api.uncompiled import uncompiled
 from lrpfunc._errors import InputError
-from lrpfunc._torch import uncompiled
 from lrpfunc.composites import Composite, Entry, as_composite
 from lrpfunc.rules._message import Relevance
 
@@ -234,6 +234,7 @@ def attribute_and_value(
     return _attribution(model_fn, rules, options, with_value=True)
 
 
+@uncompiled
 def _attribution(model_fn: Callable[..., Any], rules: Rules, options: Options, *, with_value: bool) -> Attribution[Any]:
     if not callable(model_fn):
         raise InputError(

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic
 
 from lrpfunc._torch import T
+
+_lock = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # a thread that the child does not have may hold the other
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Cache(Generic[T]):
@@ -16,16 +28,15 @@ class Cache(Generic[T]):
     def __init__(self, size: int):
         self._size = size
         self._entries: OrderedDict[Hashable, T] = OrderedDict()
-        self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> T | None:
-        with self._lock:
+        with _lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
             return self._entries.get(key)
 
     def put(self, key: Hashable, value: T) -> None:
-        with self._lock:
+        with _lock:
             self._entries[key] = value
             while len(self._entries) > self._size:
                 self._entries.popitem(last=False)

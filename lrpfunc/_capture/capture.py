@@ -16,7 +16,7 @@ from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.functional import functional
 from lrpfunc._capture.identity import describe_tensor, identity
-from lrpfunc._capture.isolation import capture_lock, isolated, refuse_nested, surroundings
+from lrpfunc._capture.isolation import alone, isolated, surroundings
 from lrpfunc._capture.program import Program
 from lrpfunc._capture.trace import trace
 from lrpfunc._errors import CaptureWarning
@@ -46,9 +46,8 @@ def capture(
     programs = _programs  # what `clear_cache` begins anew gets no program that was recorded before
     program = programs.get(key)
     if program is None:
-        refuse_nested()
         changed = None
-        with capture_lock:
+        with alone():
             program = programs.get(key)  # another thread may have been first
             if program is None:
                 traced = trace(model_fn, leaves, spec, has_aux, inline, reads, roots)

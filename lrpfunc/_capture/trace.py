@@ -21,7 +21,7 @@ from lrpfunc._capture.memory import forget_cached, is_cached
 from lrpfunc._capture.returned import Returned, returned
 from lrpfunc._capture.watch import BeginsTransform, Watch, custom_functions, refusing
 from lrpfunc._errors import CaptureError
-from lrpfunc._torch import FakeTensor, FakeTensorMode, ShapeEnv, innermost, make_fx
+from lrpfunc._torch import FakeTensor, FakeTensorMode, fake_mode, innermost, make_fx
 
 
 @dataclass(eq=False)
@@ -170,7 +170,7 @@ def trace(
 
     def attempt(before_dispatch: bool, again: bool = False) -> _Traced | None:
         custom = {} if inline else custom_functions()
-        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        mode = fake_mode()
         is_own = functools.partial(is_fake, mode=mode)
 
         def once() -> _Traced | None:

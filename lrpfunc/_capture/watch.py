@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from lrpfunc import _tree as tree
 from lrpfunc._capture.identity import is_custom_function
+from lrpfunc._capture.isolation import stop_if_interrupted
 from lrpfunc._errors import CaptureError
 from lrpfunc._torch import (
     CheckpointFunction,
@@ -92,6 +93,7 @@ class Watch(TorchFunctionMode):
         self.no_grad = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        stop_if_interrupted()
         self.has_transforms |= inside_transform()
         if self.has_transforms and self.before_dispatch:
             raise BeginsTransform

@@ -27,11 +27,11 @@ from torch import Tensor, fx
 
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.identity import describe_tensor
-from lrpfunc._capture.isolation import capture_lock, isolated, refuse_nested
+from lrpfunc._capture.isolation import alone, isolated
 from lrpfunc._capture.trace import VALUE_DEPENDENT, fake_like, is_fake
 from lrpfunc._capture.watch import Watch
 from lrpfunc._errors import RuleError, opaque
-from lrpfunc._torch import FakeTensorMode, ShapeEnv, make_fx, schema
+from lrpfunc._torch import fake_mode, make_fx, schema
 
 
 def retrace(
@@ -52,7 +52,7 @@ def retrace(
     environment = Environment(rules, transformed=True, remember=True)
 
     def trace() -> fx.GraphModule:
-        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        mode = fake_mode()
         # Each is a tensor of its own: a trace takes what is the same object for the same value.
         fakes = [fake_like(list(map(describe_tensor, group)), mode) for group in (tensors, start, environment.tensors)]
 
@@ -66,9 +66,8 @@ def retrace(
         with mode:
             return make_fx(functional, _allow_non_fake_inputs=True, decomposition_table={})(*fakes)
 
-    refuse_nested()
     try:
-        with capture_lock:
+        with alone():
             module = isolated(trace)
     except Exception as error:
         if type(error).__name__ in VALUE_DEPENDENT:
