@@ -36,7 +36,8 @@ from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 # Documented for graph passes, but not typed.
 from torch.fx.node import map_arg as map_arg
 
-# Tells a reentrant checkpoint, which no trace can see through, from other code under `no_grad`.
+# Tells a reentrant checkpoint, which no trace can see through, from other code under `no_grad`. torch means to drop the
+# reentrant form, and this with it.
 from torch.utils.checkpoint import CheckpointFunction as CheckpointFunction
 
 # Tensors as keys by identity, which `weakref` does not have.
@@ -46,7 +47,8 @@ from lrpfunc import _tree as tree
 
 aten: Any = torch.ops.aten
 
-# Programs that take a list and empty it, so that each tensor is freed after its last use. AOTAutograd's own.
+# Programs that take a list and empty it, so that each tensor is freed after its last use. AOTAutograd's own;
+# a subclass of the public `fx.CodeGen` could write the same.
 BoxedCodeGen: Any = torch.fx.graph._BoxedCodeGen
 
 # Runs an operation on real numbers while a model function is recorded. Nothing public does.

@@ -101,7 +101,7 @@ def test_nobody_else_takes_private_names_of_torch(path: Path) -> None:
 # A light import
 
 # What `import lrpfunc` may load beside what `import torch` has loaded.
-ALLOWED = ("lrpfunc", "optree")
+ALLOWED = ("lrpfunc", "optree", "decimal", "_decimal", "fractions")
 
 IMPORTS = """
 import sys
