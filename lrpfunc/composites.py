@@ -1,15 +1,11 @@
-"""Composites: which rule serves which layer, and the recipes of the literature."""
+"""Composites: the recipes of the literature."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import final
+from collections.abc import Iterable
 
 from torch import Tensor
 
-from lrpfunc._errors import RuleError
-from lrpfunc._layers.layer import Kind, Layer
 from lrpfunc._layers.select import (
     Activation,
     Attention,
@@ -31,7 +27,9 @@ from lrpfunc._layers.select import (
     Sum,
     first,
 )
-from lrpfunc.rules._equality import Description
+from lrpfunc.rules._composite import Composite as Composite
+from lrpfunc.rules._composite import Entry as Entry
+from lrpfunc.rules._composite import composite_of
 from lrpfunc.rules._message import Stabilizer
 from lrpfunc.rules._rule import Rule, ZeroParams
 from lrpfunc.rules.alpha_beta import AlphaBeta
@@ -45,100 +43,14 @@ from lrpfunc.rules.softmax import TaylorSoftmax
 from lrpfunc.rules.zbox import ZBox
 from lrpfunc.rules.zplus import ZPlus
 
-Entry = tuple[Callable[[Layer], bool], Rule]
 Stab = float | Tensor | Stabilizer
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Composite(Description):
-    """An ordered collection of `(selector, rule)`; the first selector that matches a layer decides.
-
-    `mine + composite` puts mine first; a list of pairs may stand on either side.
-
-    Args:
-        entries: The pairs. A selector is any `Layer -> bool`.
-        cotangent: Whether what travels is a cotangent, as in guided backprop: layers without an entry take their
-            plain VJP, and the answer is the cotangent at the input, not multiplied by it.
-
-    Example:
-        >>> import lrpfunc as lrp
-        >>> rules = lrp.Composite([(lrp.Dense, lrp.Epsilon(0.1))]) + lrp.epsilon_plus()
-        >>> rules.entries[0]
-        (Dense, Epsilon(epsilon=0.1, zero_params=None))
-    """
-
-    entries: Sequence[Entry]
-    cotangent: bool = False
-
-    def __post_init__(self) -> None:
-        entries = tuple(self.entries)
-        for entry in entries:
-            if not (isinstance(entry, tuple) and len(entry) == 2 and callable(entry[0]) and isinstance(entry[1], Rule)):
-                raise TypeError(
-                    f"a composite is made of pairs (selector, rule), not of {entry!r}; for example\n\n"
-                    "    lrpfunc.Composite([(lrpfunc.Dense, lrpfunc.Epsilon())])"
-                )
-        object.__setattr__(self, "entries", entries)
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self.entries)
-
-    def __add__(self, other: Composite | Iterable[Entry]) -> Composite:
-        if other is None:
-            return NotImplemented
-        other = as_composite(other)
-        return Composite((*self.entries, *other.entries), self.cotangent or other.cotangent)
-
-    def __radd__(self, other: Iterable[Entry]) -> Composite:
-        return as_composite(other) + self
-
-    def rule_for(self, layer: Layer) -> Rule | None:
-        """The rule of the first entry that matches."""
-        place = self.place_for(layer)
-        rule = None if place is None else self.entries[place][1]
-        if layer.kind is Kind.ATTENTION and (rule or self.cotangent):
-            self._check_softmax_inside(layer, rule or Gradient())
-        return rule
-
-    def place_for(self, layer: Layer) -> int | None:
-        """The place of the first entry that matches."""
-        return next((place for place, (selector, _) in enumerate(self.entries) if selector(layer)), None)
-
-    def _check_softmax_inside(self, attention: Layer, rule: Rule) -> None:
-        """Refuses an entry for softmax that decides where attention is written out, and not where it is fused."""
-        softmax = replace(attention, kind=Kind.SOFTMAX, operation="softmax")
-        entries = (r for selector, r in self.entries if selector(attention) or selector(softmax))
-        decides = next(entries, rule)
-        absorbs = decides == Gradient() or (isinstance(decides, TaylorSoftmax) and decides.bias == "absorb")
-        if decides is rule or absorbs or set(rule.receivers(attention)) <= set(attention.signals):
-            return
-        raise RuleError(
-            f"fused attention has a softmax inside, which the composite gives {decides!r}. There it does not reach:\n\n"
-            f"    {attention}\n        {rule!r}\n\n"
-            'Write the attention out (attn_implementation="eager" in transformers, need_weights=True in a '
-            "torch.nn.MultiheadAttention), or say in front what serves it whole, for example\n\n"
-            "    rules = [(lrp.Attention, lrp.Uniform())] + rules"
-        )
 
 
 def as_composite(rules: Composite | Iterable[Entry] | None) -> Composite:
     """What users may give for `rules`, as a composite."""
     if rules is None:
         return Composite((*attn_lrp(), (Convolution, ZPlus()), (Dense, Epsilon())))
-    if not isinstance(rules, Iterable) and not isinstance(rules, Rule):
-        call = f"; write {rules.__name__}(...)" if callable(rules) and hasattr(rules, "__name__") else ""
-        raise TypeError(f"rules must be a composite or a list of pairs (selector, rule), not {rules!r}{call}")
-    if isinstance(rules, Rule):
-        raise TypeError(
-            f"rules must say which layers {rules!r} is for; write, for example\n\n"
-            f"    lrpfunc.attribute(model_fn, [(lrpfunc.Dense | lrpfunc.Convolution, {rules!r})] + lrpfunc.epsilon())"
-        )
-    return rules if isinstance(rules, Composite) else Composite(tuple(rules))
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Recipes
+    return composite_of(rules)
 
 
 def _base(stabilizer: Stab) -> tuple[Entry, ...]:

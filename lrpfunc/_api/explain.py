@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -25,7 +25,6 @@ from lrpfunc._torch import is_wrapped
 from lrpfunc._walk.assign import assign
 from lrpfunc._walk.forward import relevance, walk
 from lrpfunc.rules._message import Message, Multiplier
-from lrpfunc.rules._plumbing import absorbed_by_several
 from lrpfunc.rules._rule import Rule
 
 
@@ -69,12 +68,14 @@ class Explanation:
         relevance: What `attribute` returns.
         relevance_in: The sum of the relevance that arrives at the input. Parameters that are explained take nothing
             from it: their relevance is another view of the same layers.
+        tensors: Those inside the rules, by their names, such as `"rules[0].gamma"`.
     """
 
     rows: tuple[Row, ...]
     start: float
     relevance: Any
     relevance_in: float
+    tensors: dict[str, Tensor]
 
     @property
     def absorbed(self) -> dict[str, float]:
@@ -92,7 +93,8 @@ class Explanation:
 
     def __str__(self) -> str:
         header = ("layer", "operation", "rule", "in", "out", "R out", "R in", "absorbed")
-        lines = [header, *(_line(row) for row in self.rows if _worth_showing(row))]
+        names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
+        lines = [header, *(_line(row, names) for row in self.rows if _worth_showing(row))]
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         numbers = (5, 6)
         table = [
@@ -103,6 +105,8 @@ class Explanation:
             for line in lines
         ]
         table.insert(1, "  ".join("-" * width for width in widths))
+        if self.tensors:
+            table += ["", *(f"{name} = {_described(tensor)}" for name, tensor in self.tensors.items())]
         total = f"{self.start:.6g} at the output = {self.relevance_in:.6g} at the input"
         for cause, amount in self.absorbed.items():
             if abs(amount) > 1e-12 * max(1.0, abs(self.start)):
@@ -114,11 +118,12 @@ def _worth_showing(row: Row) -> bool:
     return row.layer.kind not in STRUCTURAL or any(abs(a) > 1e-12 * row.absolute for a in row.absorbed.values())
 
 
-def _line(row: Row) -> tuple[str, ...]:
+def _line(row: Row, names: dict[int, str]) -> tuple[str, ...]:
     absorbed = ", ".join(f"{c} {a:.4g}" for c, a in row.absorbed.items() if abs(a) > 1e-12 * max(row.absolute, 1e-300))
     shapes = ", ".join(map(_shape, row.layer.input_shapes))
     name = type(row.rule).__name__
-    rule = f"{name} (exact)" if name in ("Linear", "Select", "Scale") else repr(row.rule)
+    shown = tree.map(lambda tensor: tree.Code(names.get(id(tensor), tensor)), row.rule)
+    rule = f"{name} (exact)" if name in ("Linear", "Select", "Scale") else repr(shown)
     out = _shape(row.layer.output_shape)
     followers = row.layer.nodes[1:] if row.layer.affine is not None else ()
     operation = " + ".join([row.layer.operation, *map(_follower, followers)])
@@ -136,6 +141,12 @@ def _line(row: Row) -> tuple[str, ...]:
 
 def _follower(node: fx.Node) -> str:
     return {"batch_norm_eval": "batch_norm"}.get(operation_name(node), operation_name(node))
+
+
+def _described(tensor: Tensor) -> str:
+    if tensor.numel() == 1:
+        return f"{tensor.item():.6g}"
+    return f"{_shape(tuple(tensor.shape))}, from {tensor.min().item():.6g} to {tensor.max().item():.6g}"
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -190,21 +201,27 @@ class Explainer:
     attribution: Attribution[Any]
 
     def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Explanation:
-        _refuse_abstract((args, kwargs, target))
+        _refuse_abstract({"args": args, "kwargs": kwargs, "target": target, "rules": self.attribution.rules})
         with torch.no_grad():
             return _explanation(self.attribution, args, target, kwargs)
 
 
+def _tensors(attribution: Attribution[Any]) -> dict[str, Tensor]:
+    rules = attribution.rules
+    return dict(zip(tree.names(rules, "rules"), tree.leaves(rules), strict=True))
+
+
 def _number(tensor: Tensor) -> float:
-    _refuse_abstract(tensor)  # a rule or a target may hold a tensor that vmap has wrapped
+    _refuse_abstract({"a number that a rule or a target computes": tensor})
     return float(tensor)
 
 
-def _refuse_abstract(values: Any) -> None:
-    tensors = [leaf for leaf in tree.leaves(values) if isinstance(leaf, Tensor)]
-    if torch.compiler.is_compiling() or any(map(is_wrapped, tensors)):
+def _refuse_abstract(values: dict[str, Any]) -> None:
+    wrapped = [name for name, value in tree.named_leaves(values) if isinstance(value, Tensor) and is_wrapped(value)]
+    if wrapped or torch.compiler.is_compiling():
         raise CaptureError(
-            "explain prints numbers, and inside vmap, grad or torch.compile there are none yet. Call it outside, or "
+            "explain prints numbers, and inside vmap, grad or torch.compile there are none yet"
+            f"{f': {wrapped[0]} is transformed' if wrapped else ''}. Call it outside, or "
             "use lrpfunc.attribute(model_fn, rules, layers='*'), which returns the relevance of every layer as tensors"
         )
 
@@ -221,7 +238,7 @@ def _explanation(attribution: Attribution[Any], args: Any, target: Any, kwargs: 
     rows: list[Row] = []
 
     def observe(
-        layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], results: tuple[Message | None, ...]
+        layer: BoundLayer, rule: Rule, messages: Sequence[Message | None], results: Sequence[Message | None]
     ) -> None:
         if not layer.layer.is_tap:
             rows.append(_row(layer, rule, messages, results))
@@ -233,16 +250,15 @@ def _explanation(attribution: Attribution[Any], args: Any, target: Any, kwargs: 
         messages = [Multiplier(message.value) for message in messages]
     begun = sum(_number(m.relevance(output).sum()) for m, output in zip(messages, outputs, strict=True))
     reached = sum(_number(arrived[n].relevance(values[n]).sum()) for n in graph.starts if n in arrived)
-    return Explanation(tuple(rows), begun, graph.answer(relevance(graph, rules, values, arrived)), reached)
+    return Explanation(
+        tuple(rows), begun, graph.answer(relevance(graph, rules, values, arrived)), reached, _tensors(attribution)
+    )
 
 
-def _row(layer: BoundLayer, rule: Rule, messages: dict[fx.Node, Message], results: tuple[Message | None, ...]) -> Row:
-    out = [message.relevance(layer.values[node]) for node, message in messages.items()]
+def _row(layer: BoundLayer, rule: Rule, messages: Sequence[Message | None], results: Sequence[Message | None]) -> Row:
+    out = [m.relevance(y) for m, y in zip(messages, layer.outputs, strict=True) if m is not None]
     into = [m.relevance(x) for m, x in zip(results, layer.inputs, strict=True) if m is not None]
-    if len(layer.layer.outputs) == 1:
-        absorbed = rule.account(layer, messages[layer.layer.output])
-    else:
-        absorbed = absorbed_by_several(layer, rule, messages)
+    absorbed = rule.account(layer, messages)
     return Row(
         layer.layer,
         rule,

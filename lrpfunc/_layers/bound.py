@@ -43,8 +43,14 @@ class BoundLayer:
         return x
 
     @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The outputs that relevance can come from: one, of most operations."""
+        return tuple(self.values[node] for node in self.layer.outputs if node is not None)
+
+    @property
     def output(self) -> Tensor:
-        return self.values[self.layer.output]
+        (y,) = self.outputs
+        return y
 
     @cached_property
     def parameters(self) -> tuple[Tensor, Tensor | None]:
@@ -96,7 +102,7 @@ class BoundLayer:
         if isinstance(result, Tensor):
             return result
         outputs = tuple(result[i] for i, node in enumerate(self.layer.outputs) if node is not None)
-        return outputs[0] if len(self.layer.outputs) == 1 else outputs
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def vjp(self, *cotangents: Tensor, wrt: Sequence[fx.Node] | None = None) -> tuple[Tensor, ...]:
         """The plain VJP, with respect to the inputs unless told otherwise."""
@@ -120,9 +126,17 @@ class BoundLayer:
 
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The derivative in a direction, one tensor an output."""
-        tangent = jvp(replace(self, exact=True).function(self.layer.inputs), self.inputs, tuple(tangents))
-        return (tangent,) if isinstance(tangent, Tensor) else tangent
+        return _tuple(jvp(replace(self, exact=True).function(self.layer.inputs), self.inputs, tuple(tangents)))
 
-    def at_zero(self) -> Tensor:
-        """The output for inputs of zero: the constants of an affine layer."""
-        return self.function(self.layer.inputs)(*map(torch.zeros_like, self.inputs))
+    def at_zero(self) -> tuple[Tensor, ...]:
+        """The outputs for inputs of zero: the constants of an affine layer."""
+        return _tuple(self.function(self.layer.inputs)(*map(torch.zeros_like, self.inputs)))
+
+    def signal_at_zero(self) -> tuple[Tensor, ...]:
+        """The outputs for signals of zero: the constants of `signal_function`."""
+        signals = (self.values[node] for node in self.layer.signals)
+        return _tuple(self.signal_function()(*map(torch.zeros_like, signals)))
+
+
+def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs

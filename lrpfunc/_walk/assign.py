@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from lrpfunc import _tree as tree
 from lrpfunc._capture.environment import Environment
 from lrpfunc._errors import NoPathError, RuleError, UncoveredLayerError, opaque
 from lrpfunc._layers.graph import Graph
@@ -65,7 +66,8 @@ def _chosen(graph: Graph, composite: Composite) -> dict[Layer, int | Rule]:
         if rule is None:
             rule = Gradient() if composite.cotangent or layer.is_tap else default_rule(layer)
         elif reason := _objection(rule, layer):
-            objections.append(f"    {layer}\n        {rule!r}: {reason}")
+            shown = rule if place is None else tree.named(composite, "rules")[place]
+            objections.append(f"    {layer}\n        {shown!r}: {reason}")
         if rule is None:
             uncovered.append(layer)
         else:
@@ -91,8 +93,13 @@ def _chosen(graph: Graph, composite: Composite) -> dict[Layer, int | Rule]:
 
 
 def _objection(rule: Rule, layer: Layer) -> str | None:
-    if len(layer.outputs) > 1 and type(rule).pull is Rule.pull:
-        return "the operation has several outputs, and the rule has no `pull` for them, as lrpfunc.Gradient() has"
+    count = sum(node is not None for node in layer.outputs)
+    if count > 1 and not rule.several_outputs:
+        return (
+            f"relevance comes to {count} outputs of this operation, and the rule takes a message of one. Of the rules "
+            "that serve several, lrpfunc.Gradient() serves any operation; a rule of your own says "
+            "`several_outputs = True` and takes `propagate(layer, *messages)`"
+        )
     return rule.objection(layer)
 
 

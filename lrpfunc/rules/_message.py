@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Protocol, final
+from typing import Literal, Protocol, final
 
 import torch
 from torch import Tensor
 
-from lrpfunc.rules._equality import Description
+from lrpfunc.rules._pytree import Parametric
+
+Form = Literal["relevance", "multiplier", "either"]
 
 
 class Message(Protocol):
@@ -77,6 +79,20 @@ def add(messages: Iterable[Message], activation: Tensor) -> Message:
     return Relevance(reduce(torch.add, (message.relevance(activation) for message in messages)))
 
 
+def in_form(messages: Sequence[Message | None], activations: Sequence[Tensor], form: Form) -> tuple[Message, ...]:
+    """The messages at several activations in one form, zeros where none came.
+
+    In either form they stay multipliers if all of them are, and are relevance otherwise.
+    """
+    if form == "either":
+        form = "relevance" if any(isinstance(message, Relevance) for message in messages) else "multiplier"
+    cls = Relevance if form == "relevance" else Multiplier
+    return tuple(
+        cls(torch.zeros_like(a)) if message is None else cls(getattr(message, form)(a))
+        for message, a in zip(messages, activations, strict=True)
+    )
+
+
 def scale(factor: float | Tensor, message: Message) -> Message:
     """The message of `factor` times the relevance."""
     return type(message)(factor * message.value)  # type: ignore[call-arg]
@@ -102,13 +118,14 @@ def divide(numerator: Tensor, denominator: Tensor, *, nonzero: bool = False) -> 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Stabilizer(Description):
+class Stabilizer(Parametric):
     r"""Keeps a denominator away from zero.
 
     .. math:: \operatorname{stab}(z) = z + \operatorname{sign}(z)\,\epsilon, \qquad \operatorname{sign}(0) = 1
 
     Every rule that divides takes one, or the number `epsilon` in its place. Half-precision tensors are stabilized in
-    float32, where `epsilon` does not vanish; with `epsilon = 0` the rules read `x / 0` as 0.
+    float32, where `epsilon` does not vanish; with `epsilon = 0` the rules read `x / 0` as 0. Like a rule, it is a
+    pytree of the tensors inside.
 
     Args:
         epsilon: What is added to the magnitude. A tensor may be vmapped over or differentiated.

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from functools import reduce
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, fx
 
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Layer
-from lrpfunc.rules._equality import Description
 from lrpfunc.rules._message import (
+    Form,
     Message,
-    Multiplier,
-    Relevance,
     Stabilizer,
     add,
     as_stabilizer,
     carried,
     divide,
+    in_form,
     scale,
 )
+from lrpfunc.rules._pytree import Parametric
 
-Form = Literal["relevance", "multiplier", "either"]
 ZeroParams = str | Iterable[str] | None
 
 
-class Rule(Description, abc.ABC):
+class Rule(Parametric, abc.ABC):
     r"""How relevance at a layer's output is attributed to its inputs.
 
     A rule is a frozen dataclass with one method that must be written, `propagate`. Rules form a vector space:
@@ -39,8 +39,17 @@ class Rule(Description, abc.ABC):
     `layer.parameters`, `layer.affine`, `layer.transpose` and `layer.vjp`; every derivative is then exact. It returns
     one message for each of `layer.inputs`.
 
+    A rule is a pytree: the tensors inside are its leaves, and all else, plain numbers too, is its structure. So
+    `torch.func.grad`, `vmap` and `jacrev` take it as an argument, by itself or inside a composite. A rule of your own
+    is one when its class is made; its `__post_init__` does not run when a transform puts other leaves into it.
+
+    A rule for operations of several outputs, such as `torch.linalg.eigh`, says so with `several_outputs = True` and
+    takes `propagate(layer, *messages)` and `absorbed(layer, *messages)`: one message for each of `layer.outputs`, as
+    the pullback of `torch.func.vjp` takes cotangents, all in one form, and zeros where no relevance came.
+
     Attributes:
         form: The form the message arrives in: `"relevance"`, `"multiplier"`, or `"either"`.
+        several_outputs: Whether the rule serves operations of several outputs.
 
     Example:
         A rule that gives every input the same share:
@@ -54,28 +63,29 @@ class Rule(Description, abc.ABC):
         >>> relevance_fn = lrp.attribute(lambda w, x: x @ w, [(lrp.Dense, Even())])
         >>> relevance_fn(torch.eye(2), torch.tensor([[1.0, 3.0]]), target=1)
         tensor([[1.5000, 1.5000]])
+
+        The derivative with respect to a rule is a rule:
+
+        >>> def total(rule):
+        ...     return lrp.attribute(lambda w, x: x @ w, [(lrp.Dense, rule)])(torch.eye(2), torch.ones(1, 2)).sum()
+        >>> torch.func.grad(total)(lrp.Epsilon(torch.tensor(1.0)))
+        Epsilon(epsilon=tensor(-0.5000), zero_params=None)
     """
 
     form: ClassVar[Form] = "relevance"
+    several_outputs: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message | None, ...]:
+    def propagate(self, layer: BoundLayer, message: Message, /) -> tuple[Message | None, ...]:
         """The messages at the layer's inputs, one each; `None` for an input that gets nothing."""
 
-    def pull(self, layer: BoundLayer, *multipliers: Tensor) -> tuple[Tensor | None, ...]:
-        """The multipliers at the inputs, from those at all outputs.
-
-        A rule that has this serves operations with several outputs, too.
-        """
-        raise NotImplementedError
-
-    def pulled(self, layer: BoundLayer) -> tuple[Tensor, ...]:
-        """The part of each output that the multipliers `pull` returns account for; the rest is absorbed."""
-        raise NotImplementedError
-
-    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+    def absorbed(self, layer: BoundLayer, message: Message, /) -> dict[str, Tensor]:
         """The relevance that does not reach the inputs, by cause, each from its own formula."""
         return {}
+
+    def takes(self, layer: Layer) -> Form:
+        """The form in which messages at the outputs of a layer arrive."""
+        return self.form
 
     def receivers(self, layer: Layer) -> tuple[fx.Node, ...]:
         """The inputs that may get relevance; what is behind the others needs no rule."""
@@ -87,23 +97,18 @@ class Rule(Description, abc.ABC):
 
     # -- what the walk calls
 
-    def apply(self, layer: BoundLayer, message: Message) -> tuple[Message | None, ...]:
-        """`propagate`, in the form the rule takes."""
-        return self.propagate(layer, self.formed(layer, message))
+    def apply(self, layer: BoundLayer, messages: Sequence[Message | None]) -> tuple[Message | None, ...]:
+        """`propagate`, in the form the rule takes; `messages` has `None` for an output that no relevance came to."""
+        return self.propagate(layer, *in_form(messages, layer.outputs, self.takes(layer.layer)))
 
-    def account(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+    def account(self, layer: BoundLayer, messages: Sequence[Message | None]) -> dict[str, Tensor]:
         """`absorbed`, together with what the conversion to the rule's form loses."""
-        booked = dict(self.absorbed(layer, self.formed(layer, message)))
-        if self.form == "multiplier":
-            booked["conversion"] = message.unconvertible(layer.output).sum()
+        form = self.takes(layer.layer)
+        booked = dict(self.absorbed(layer, *in_form(messages, layer.outputs, form)))
+        if form == "multiplier":
+            came = [(m, y) for m, y in zip(messages, layer.outputs, strict=True) if m is not None]
+            booked["conversion"] = added(message.unconvertible(y) for message, y in came)
         return booked
-
-    def formed(self, layer: BoundLayer, message: Message) -> Message:
-        if self.form == "relevance":
-            return Relevance(message.relevance(layer.output))
-        if self.form == "multiplier":
-            return Multiplier(message.multiplier(layer.output))
-        return message
 
     # -- algebra
 
@@ -154,19 +159,23 @@ class Combination(Rule):
 
     __rmul__ = __mul__
 
-    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message | None, ...]:
-        parts = [[m and scale(weight, m) for m in rule.apply(layer, message)] for weight, rule in self.terms]
+    @property
+    def several_outputs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(rule.several_outputs for _, rule in self.terms)
+
+    def propagate(self, layer: BoundLayer, *messages: Message) -> tuple[Message | None, ...]:
+        parts = [[m and scale(weight, m) for m in rule.apply(layer, messages)] for weight, rule in self.terms]
         totals: list[Message | None] = []
-        for messages, x in zip(zip(*parts, strict=True), layer.inputs, strict=True):
-            some = [message for message in messages if message is not None]
+        for shares, x in zip(zip(*parts, strict=True), layer.inputs, strict=True):
+            some = [message for message in shares if message is not None]
             totals.append(add(some, x) if some else None)
         return tuple(totals)
 
-    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
+    def absorbed(self, layer: BoundLayer, *messages: Message) -> dict[str, Tensor]:
         share = 1 - sum(weight for weight, _ in self.terms)
-        booked = {"rule": share * message.relevance(layer.output).sum()}
+        booked = {"rule": share * added(m.relevance(y) for m, y in zip(messages, layer.outputs, strict=True))}
         for weight, rule in self.terms:
-            for cause, amount in rule.account(layer, message).items():
+            for cause, amount in rule.account(layer, messages).items():
                 booked[cause] = booked.get(cause, 0) + weight * amount
         return booked
 
@@ -261,6 +270,11 @@ class Quotient:
             "stabilizer": torch.where(empty, 0, rest).sum(),
             "rule": torch.where(empty, rest, 0).sum(),
         }
+
+
+def added(parts: Iterable[Tensor]) -> Tensor:
+    """All numbers of the tensors, one for each output of a layer, added up."""
+    return reduce(torch.add, (part.sum() for part in parts))
 
 
 def batched_sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -13,8 +13,8 @@ from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Kind, Layer
 from lrpfunc._ops.call import named
 from lrpfunc._torch import vjp
-from lrpfunc.rules._message import Message, Multiplier, Relevance, divide
-from lrpfunc.rules._rule import Form, Rule, where_positive
+from lrpfunc.rules._message import Form, Message, Multiplier, Relevance, divide
+from lrpfunc.rules._rule import Rule, where_positive
 
 
 def _needs_pointwise(rule: Rule, layer: Layer) -> str | None:

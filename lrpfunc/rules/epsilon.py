@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Layer
-from lrpfunc.rules._message import Message, Multiplier, Stabilizer, as_stabilizer, carried
-from lrpfunc.rules._rule import Form, Quotient, Rule, ZeroParams, kept, named, needs_linear, needs_parameters
+from lrpfunc.rules._message import Form, Message, Multiplier, Stabilizer, as_stabilizer, carried
+from lrpfunc.rules._rule import Quotient, Rule, ZeroParams, kept, named, needs_linear, needs_parameters
 
 
 @final
@@ -56,7 +56,8 @@ class Epsilon(Rule):
         quotient = self._quotient(layer, message)
         if layer.layer.affine is not None:
             return quotient.absorbed(layer, kept(layer, self.zero_params)[1])
-        return {**quotient.absorbed(layer, None), "constants": (quotient.s * carried(layer.at_zero())).sum()}
+        (constants,) = layer.at_zero()
+        return {**quotient.absorbed(layer, None), "constants": (quotient.s * carried(constants)).sum()}
 
     def _quotient(self, layer: BoundLayer, message: Message) -> Quotient:
         if self.zero_params:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Layer
-from lrpfunc.rules._message import Message, Multiplier, Relevance, Stabilizer
+from lrpfunc.rules._message import Form, Message, Multiplier, Relevance, Stabilizer
 from lrpfunc.rules._rule import (
-    Form,
     Quotient,
     Rule,
     ZeroParams,

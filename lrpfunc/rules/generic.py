@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Kind, Layer
 from lrpfunc._ops.call import named
-from lrpfunc.rules._message import Message, Multiplier, Relevance, carried
-from lrpfunc.rules._plumbing import Linear
-from lrpfunc.rules._rule import Form, Rule, batched_sum_to
+from lrpfunc.rules._message import Form, Message, Multiplier, Relevance, carried
+from lrpfunc.rules._plumbing import Linear, pulled_back
+from lrpfunc.rules._rule import Rule, added, batched_sum_to
 
 
 @final
@@ -32,36 +32,23 @@ class Gradient(Rule):
     """
 
     of: Literal["multiplier", "relevance"] = "multiplier"
-    form: ClassVar[Form] = "either"
+    several_outputs: ClassVar[bool] = True
 
-    def formed(self, layer: BoundLayer, message: Message) -> Message:
+    def takes(self, layer: Layer) -> Form:
+        return self.of
+
+    def propagate(self, layer: BoundLayer, *messages: Message) -> tuple[Message, ...]:
+        return pulled_back(layer, messages)
+
+    def absorbed(self, layer: BoundLayer, *messages: Message) -> dict[str, Tensor]:
         if self.of == "relevance":
-            return Relevance(message.relevance(layer.output))
-        return Multiplier(message.multiplier(layer.output))
-
-    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
-        return tuple(type(message)(m) for m in layer.vjp(message.value))  # type: ignore[call-arg]
-
-    def pull(self, layer: BoundLayer, *multipliers: Tensor) -> tuple[Tensor, ...]:
-        return layer.vjp(*multipliers)
-
-    def pulled(self, layer: BoundLayer) -> tuple[Tensor, ...]:
-        return layer.jvp(list(map(carried, layer.inputs)))
-
-    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
-        if isinstance(message, Relevance):
-            (kept,) = layer.jvp([torch.ones_like(x) for x in layer.inputs])
-            return {"rule": (message.value * (1 - kept)).sum()}
+            kept = layer.jvp([torch.ones_like(x) for x in layer.inputs])
+            return {"rule": added(m.value * (1 - k) for m, k in zip(messages, kept, strict=True))}
         if layer.layer.linear:
-            return Linear().absorbed(layer, message)
-        (linear,) = self.pulled(layer)
-        return {"nonlinearity": (message.value * (carried(layer.output) - linear)).sum()}
-
-    def account(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
-        booked = self.absorbed(layer, self.formed(layer, message))
-        if self.of == "multiplier":
-            booked["conversion"] = message.unconvertible(layer.output).sum()
-        return booked
+            return Linear().absorbed(layer, *messages)
+        linear = layer.jvp(list(map(carried, layer.inputs)))
+        parts = zip(messages, layer.outputs, linear, strict=True)
+        return {"nonlinearity": added(m.value * (carried(y) - part) for m, y, part in parts)}
 
 
 @final
@@ -78,15 +65,16 @@ class Stop(Rule):
     """
 
     form: ClassVar[Form] = "either"
+    several_outputs: ClassVar[bool] = True
 
-    def propagate(self, layer: BoundLayer, message: Message) -> tuple[None, ...]:
+    def propagate(self, layer: BoundLayer, *messages: Message) -> tuple[None, ...]:
         return (None,) * len(layer.inputs)
 
     def receivers(self, layer: Layer) -> tuple[fx.Node, ...]:
         return ()
 
-    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
-        return {"rule": message.relevance(layer.output).sum()}
+    def absorbed(self, layer: BoundLayer, *messages: Message) -> dict[str, Tensor]:
+        return {"rule": added(m.relevance(y) for m, y in zip(messages, layer.outputs, strict=True))}
 
 
 @final
@@ -109,15 +97,16 @@ class Uniform(Rule):
         R. Achtibat et al., "AttnLRP: attention-aware layer-wise relevance propagation for transformers", ICML, 2024.
     """
 
-    form: ClassVar[Form] = "either"
+    def takes(self, layer: Layer) -> Form:
+        return "relevance" if _adds(layer) else "multiplier"
 
     def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message, ...]:
         if _adds(layer.layer):
-            share = message.relevance(layer.output) / len(layer.inputs)
+            share = message.value / len(layer.inputs)
             return tuple(Relevance(batched_sum_to(share, x.shape)) for x in layer.inputs)
         shares = _shares(layer.layer)
         largest = max(shares)
-        pulled = layer.vjp(largest * message.multiplier(layer.output))
+        pulled = layer.vjp(largest * message.value)
         return tuple(Multiplier(m if s == largest else s / largest * m) for s, m in zip(shares, pulled, strict=True))
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
@@ -125,11 +114,7 @@ class Uniform(Rule):
             return {}
         weighted = [share * carried(x) for share, x in zip(_shares(layer.layer), layer.inputs, strict=True)]
         (shared,) = layer.jvp(weighted)
-        m = message.multiplier(layer.output)
-        return {
-            "nonlinearity": (m * (carried(layer.output) - shared)).sum(),
-            "conversion": message.unconvertible(layer.output).sum(),
-        }
+        return {"nonlinearity": (message.value * (carried(layer.output) - shared)).sum()}
 
     def objection(self, layer: Layer) -> str | None:
         if layer.shares or _adds(layer) or (layer.linear and layer.places == 1):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor, fx
 
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Kind, Layer, Role
-from lrpfunc.rules._message import Message, Multiplier, carried
-from lrpfunc.rules._rule import Form, Rule
+from lrpfunc.rules._message import Form, Message, Multiplier, carried
+from lrpfunc.rules._rule import Rule, added
 
 
 @final
@@ -42,24 +41,16 @@ class SignalTakesAll(Rule):
     """
 
     form: ClassVar[Form] = "multiplier"
+    several_outputs: ClassVar[bool] = True
 
-    def propagate(self, layer: BoundLayer, message: Message) -> tuple[Message | None, ...]:
-        return tuple(None if m is None else Multiplier(m) for m in self.pull(layer, message.value))
+    def propagate(self, layer: BoundLayer, *messages: Message) -> tuple[Message | None, ...]:
+        pulled = layer.signal_vjp(*(message.value for message in messages))
+        return tuple(None if m is None else Multiplier(m) for m in pulled)
 
-    def pull(self, layer: BoundLayer, *multipliers: Tensor) -> tuple[Tensor | None, ...]:
-        return layer.signal_vjp(*multipliers)
-
-    def pulled(self, layer: BoundLayer) -> tuple[Tensor, ...]:
-        signals = [layer.values[node] for node in layer.layer.signals]
-        function = layer.signal_function()
-        whole, constants = function(*signals), function(*map(torch.zeros_like, signals))
-        return tuple(y - c for y, c in zip(whole, constants, strict=True))
-
-    def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
-        signals = [layer.values[node] for node in layer.layer.signals]
-        constants = layer.signal_function()(*map(torch.zeros_like, signals))
+    def absorbed(self, layer: BoundLayer, *messages: Message) -> dict[str, Tensor]:
         cause = "bias" if layer.layer.kind in (Kind.NORMALIZATION, Kind.BATCH_NORM) else "constants"
-        return {cause: (message.value * carried(constants)).sum()}
+        constants = zip(messages, layer.signal_at_zero(), strict=True)
+        return {cause: added(m.value * carried(c) for m, c in constants)}
 
     def receivers(self, layer: Layer) -> tuple[fx.Node, ...]:
         return layer.signals

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Kind, Layer
-from lrpfunc.rules._message import Message, Multiplier, Relevance, Stabilizer, as_stabilizer, carried, divide
-from lrpfunc.rules._rule import Form, Rule
+from lrpfunc.rules._message import Form, Message, Multiplier, Relevance, Stabilizer, as_stabilizer, carried, divide
+from lrpfunc.rules._rule import Rule
 
 _SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
 

@@ -273,12 +273,12 @@ def assert_pure(
 
 
 def _state(params: Any, x: Any, rules: Any) -> dict[str, Any]:
-    leaves = tree.flatten_with_path({"input": x, "parameters": params})[0]
-    tensors = [(tree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
-    entries = [] if rules is None else as_composite(rules).entries
+    composite = as_composite(rules)
+    leaves = tree.named_leaves({"input": x, "parameters": params, "rules": composite})
+    tensors = [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor)]
     return {
         **{name: (leaf, leaf._version, leaf.detach().clone(), leaf.grad) for name, leaf in tensors},
-        **{f"the rule {place} ({type(rule).__name__})": dict(vars(rule)) for place, (_, rule) in enumerate(entries)},
+        **{f"rules[{i}] ({type(rule).__name__})": tree.structure(rule) for i, (_, rule) in enumerate(composite)},
         "the state of random numbers": torch.get_rng_state(),
         "the gradient mode": torch.is_grad_enabled(),
         "the default dtype": torch.get_default_dtype(),
@@ -288,8 +288,6 @@ def _state(params: Any, x: Any, rules: Any) -> dict[str, Any]:
 def _same(before: Any, after: Any) -> bool:
     if isinstance(before, tuple):
         return before[1] == after[1] and identical(before[2], after[2]) and before[3] is after[3]
-    if isinstance(before, dict):
-        return before.keys() == after.keys() and all(before[name] is after[name] for name in before)
     return torch.equal(before, after) if isinstance(before, Tensor) else before == after
 
 

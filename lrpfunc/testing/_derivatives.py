@@ -14,7 +14,7 @@ from torch.func import grad, jvp
 
 import lrpfunc as lrp
 from lrpfunc import _tree as tree
-from lrpfunc.testing._hyperparameters import hyperparameters
+from lrpfunc.composites import as_composite
 from lrpfunc.testing._numbers import PropertyError, require_float64
 
 STEPS = (1e-3, 1e-4, 1e-5)
@@ -98,13 +98,12 @@ def assert_exact_derivatives(
         True
     """
     require_float64(params, x)
-    held, rebuild = hyperparameters(rules)
 
     def scalar(at: dict[str, Any]) -> Tensor:
-        fn = lrp.attribute(model_fn, rebuild(at["rules"]), lowered=lowered)
+        fn = lrp.attribute(model_fn, at["rules"], lowered=lowered)
         return _scalar(fn(at["parameters"], at["input"], target=target))
 
-    at = tree.map_only(Tensor, torch.Tensor.detach, {"input": x, "parameters": params, "rules": held})
+    at = tree.map_only(Tensor, torch.Tensor.detach, {"input": x, "parameters": params, "rules": as_composite(rules)})
     groups = [["input", "parameters", "rules"], ["input"], ["parameters"], ["rules"]]
     for group in groups:
         parts = _parts(at, group, seed)
@@ -125,13 +124,8 @@ def _scalar(relevance: Any) -> Tensor:
 def _parts(at: Any, groups: Sequence[str], seed: int) -> list[Part]:
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    for path, leaf in tree.flatten_with_path(at)[0]:
-        name = tree.keystr(path)
-        if (
-            tree.key_get({group: group for group in at}, path[:1]) in groups
-            and isinstance(leaf, Tensor)
-            and leaf.is_floating_point()
-        ):
+    for name, leaf in tree.named_leaves(at):
+        if name.startswith(tuple(groups)) and isinstance(leaf, Tensor) and leaf.is_floating_point():
             parts.append(Part(name, leaf, torch.randn(leaf.shape, dtype=leaf.dtype, generator=generator)))
     return parts
 
@@ -145,10 +139,9 @@ class Along:
     parts: list[Part]
 
     def __call__(self, tensors: list[Tensor]) -> Tensor:
-        paths, spec = tree.flatten_with_path(self.at)
         moved = dict(zip((part.name for part in self.parts), tensors, strict=True))
-        leaves = [moved.get(tree.keystr(path), leaf) for path, leaf in paths]
-        return self.scalar(tree.unflatten(leaves, spec))
+        leaves = [moved.get(name, leaf) for name, leaf in tree.named_leaves(self.at)]
+        return self.scalar(tree.unflatten(leaves, tree.structure(self.at)))
 
     def estimate(self, of: list[Part]) -> Estimate | None:
         """The derivative along the directions of some parts, by the first step that can be trusted."""
