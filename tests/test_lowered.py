@@ -287,10 +287,9 @@ def test_a_relevance_function_inside_a_model_function(differentiated: bool) -> N
 
 def test_a_target_may_close_over_what_is_differentiated() -> None:
     case = ATTENTION_MODELS["fused"]()
-    relevance_fn = lrp.attribute(case.model_fn)
 
     def scaled(factor: Tensor, lowered: bool) -> Tensor:
-        fn = dataclasses.replace(relevance_fn, lowered=lowered)
+        fn = lrp.attribute(case.model_fn, lowered=lowered)
         return fn(case.params, case.x, target=lambda out: factor * out).square().sum()
 
     factor = torch.tensor(1.5).double()

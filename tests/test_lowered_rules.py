@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -239,7 +240,7 @@ def test_custom_autograd_functions_are_refused(lowered: bool) -> None:
 
 
 def test_custom_autograd_functions_that_do_not_show() -> None:
-    rule = Written(lambda layer, message: globals()["Sev" + "ered"].apply(message.value * layer.input))
+    rule = Written(lambda layer, message: importlib.import_module(__name__).Severed.apply(message.value * layer.input))
     with pytest.raises(lrp.RuleError, match=r"custom torch\.autograd\.Function\. Its backward"):
         lrp.attribute(F.relu, [(lrp.Activation, rule)], argnums=0)(normal(1, 3), target=0)
 

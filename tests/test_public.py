@@ -13,7 +13,7 @@ from lrpfunc import testing
 from tests.cases import COMPOSITES
 
 PUBLIC = lrp.__all__
-ERRORS = [name for name in PUBLIC if name.endswith("Error")]
+ERRORS = [name for name in PUBLIC if name.endswith(("Error", "Warning"))]
 SELECTORS = ["Dense", "Convolution", "Activation", "ReLU", "BatchNorm", "AvgPool", "Sum"]
 SELECTORS += ["Softmax", "Attention", "Product", "Quotient", "Normalization", "Statistic"]
 SELECTORS += ["Gate", "Router", "Recurrent", "Scan"]

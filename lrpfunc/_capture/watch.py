@@ -81,11 +81,14 @@ class Watch(TorchFunctionMode):
     )
 
     def __init__(
-        self, inputs: dict[int, Tensor], made: list[weakref.ref[Tensor]], before_dispatch: bool | None = None
+        self,
+        inputs: dict[int, Tensor] | None = None,
+        made: list[weakref.ref[Tensor]] | None = None,
+        before_dispatch: bool | None = None,
     ) -> None:
         super().__init__()
-        self.inputs = inputs
-        self.made = made
+        self.inputs = {} if inputs is None else inputs
+        self.made = [] if made is None else made
         self.before_dispatch = before_dispatch
         self._grad_modes: dict[int, bool] = {}
         self.has_transforms = False

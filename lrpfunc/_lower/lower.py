@@ -90,7 +90,7 @@ def _programs(
         if segments > 1:
             recompute(joint, segments)
         programs = cut(joint, count, reuse=reuse, exact=exact)
-        if stable:
+        if stable and rules.stable:
             graph.programs.put(key, programs)
     return programs
 

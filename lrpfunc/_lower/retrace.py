@@ -57,7 +57,7 @@ def retrace(
         fakes = [fake_like(list(map(describe_tensor, group)), mode) for group in (tensors, start, environment.tensors)]
 
         def watched(tensors: list[Tensor], start: list[Tensor], lifted: list[Tensor]) -> list[Tensor]:
-            watch = Watch({id(real): fake for real, fake in zip(environment.tensors, lifted, strict=True)}, [])
+            watch = Watch({id(real): fake for real, fake in zip(environment.tensors, lifted, strict=True)})
             watches.append(watch)
             with watch:
                 return walk(tensors, start)

@@ -59,7 +59,7 @@ _RECORDS = {
     "index_copy": _select((0, 3), in_walk=functions.index_copy_winners),
     "index_put=_unsafe_index_put": _select((0, 2), in_walk=functions.index_put_winners),
     "copied": _select((1,)),
-    "as_computed": Operator(Kind.SELECT, in_walk=functions.written_out),
+    "as_computed": Operator(Kind.SELECT, degree=1, in_walk=functions.written_out),
     # ----------------------------------------------------------------------------------------------------------
     # Each element of the result is the element of an operand that won a comparison
     "max_pool1d max_pool1d_with_indices adaptive_max_pool1d": _winner(),

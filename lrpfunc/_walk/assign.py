@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrpfunc import _tree as tree
 from lrpfunc._capture.environment import Environment
+from lrpfunc._capture.watch import Watch
 from lrpfunc._errors import NoPathError, RuleError, UncoveredLayerError, opaque
 from lrpfunc._layers.graph import Graph
 from lrpfunc._layers.layer import STRUCTURAL, Kind, Layer
@@ -28,12 +29,14 @@ class Assignment:
         chosen: Of each layer that relevance comes to, the place of its entry, or the rule of a layer without one.
         key: Equal for two composites that differ in the numbers inside tensors at most.
         tensors: Those tensors.
+        stable: Whether it may be used again: not if a selector read a number inside a tensor.
     """
 
     composite: Composite
     chosen: Mapping[Layer, int | Rule]
     key: Hashable
     tensors: list[Tensor]
+    stable: bool
 
     @cached_property
     def rules(self) -> dict[Layer, Rule]:
@@ -45,10 +48,13 @@ def assign(graph: Graph, composite: Composite) -> Assignment:
     """The rule of every layer: the composite's, or the exact propagation of what is linear."""
     reads = Environment(composite, transformed=True)
     chosen = graph.assigned.get(reads.key)
+    watch = Watch()
     if chosen is None:
-        chosen = _chosen(graph, composite)
-        graph.assigned.put(reads.key, chosen)
-    return Assignment(composite, chosen, reads.key, reads.tensors)
+        with watch:
+            chosen = _chosen(graph, composite)
+        if not watch.reads:
+            graph.assigned.put(reads.key, chosen)
+    return Assignment(composite, chosen, reads.key, reads.tensors, stable=not watch.reads)
 
 
 def _chosen(graph: Graph, composite: Composite) -> dict[Layer, int | Rule]:
