@@ -43,6 +43,14 @@ class Draw:
 
 Sample = Callable[[Draw], tuple[Any, ...]]
 
+
+def _lstm(d: Draw, x: Tensor, *batch_sizes: Tensor) -> tuple[Any, ...]:
+    """Of a batch, or of a packed sequence with its sizes."""
+    weights = [p for n in (4, 5) for p in (d(20, n), d(20, 5))]
+    how = (False, 2, d.one_of(0.0, 0.5), d.one_of(True, False), False)
+    return (x, *batch_sizes, [d(2, 2, 5), d(2, 2, 5)], weights, *how, *(() if batch_sizes else (False,)))
+
+
 # A dictionary at the end holds arguments that are given by name. What is not here takes a matrix.
 _SAMPLES: dict[str, Sample] = {
     # -- shapes
@@ -102,7 +110,7 @@ _SAMPLES: dict[str, Sample] = {
     "index_copy": lambda d: (d(3, 4), 0, d.index(3, 2), d(2, 4)),
     "index_put _unsafe_index_put": lambda d: (d(3, 4), [d.index(3, 2)], d(2, 4)),
     "copied": lambda d: (d(3, 4), d(4)),
-    "as_computed": lambda d: (x := d(3, 4), (x,), 0),
+    "as_computed": lambda d: (d(3, 4), None, 0),
     "getitem": lambda d: (d(3, 4), 1),
     # -- winners and averages
     "max_pool1d max_pool1d_with_indices avg_pool1d": lambda d: (d(1, 2, 6), [2]),
@@ -120,7 +128,7 @@ _SAMPLES: dict[str, Sample] = {
     "topk kthvalue": lambda d: (d(3, 4), 2),
     "max.other min.other maximum minimum fmax fmin": lambda d: (d(3, 4), d(3, 4)),
     # -- linear
-    "add sub subtract": lambda d: (d(3, 4), d.one_of(d(3, 4), d.number), {"alpha": d.one_of(1, 2.0, -0.5)}),
+    "add sub subtract": lambda d: (d(3, 4), *d.one_of((d(3, 4),), (0.0,), (d(3, 4), {"alpha": -0.5}), (2.0,), (-1.5,))),
     "rsub": lambda d: (d(3, 4), d(3, 4), {"alpha": d.one_of(1, 2.0, -0.5)}),
     "cumsum": lambda d: (d(3, 4), 0),
     "sum_to_size": lambda d: (d(3, 4), [1, 4]),
@@ -181,7 +189,7 @@ _SAMPLES: dict[str, Sample] = {
         *d.one_of((0.0, None), (0.5, 2.0), (-1.5, 2.0), (None, 0.5), (0.5, -1.5), (None, -1.0)),
     ),
     "clamp_min clamp_max": lambda d: (d(3, 4), d.number),
-    "pow float_power": lambda d: (d.one_of(d(3, 4), d.positive(3, 4)), d.one_of(-2, -1, 0, 1, 2, 3, 0.5, 1.5, 2.0)),
+    "pow float_power": lambda d: (d(3, 4), d.one_of(2, 0.5, -1, 3, 1.5, 0, 1, -2, 2.0)),
     "logit special_logit": lambda d: (d.positive(3, 4) / 2,),
     "fmod remainder hypot atan2 arctan2 logaddexp logaddexp2 ldexp xlogy": lambda d: (d(3, 4), d.positive(3, 4)),
     "copysign heaviside floor_divide nextafter": lambda d: (d(3, 4), d(3, 4)),
@@ -232,10 +240,7 @@ _SAMPLES: dict[str, Sample] = {
     },
     "dropout alpha_dropout feature_alpha_dropout": lambda d: (d(3, 4), 0.5, d.one_of(True, False)),
     "rrelu": lambda d: (d(3, 4), 0.1, 0.3, d.one_of(True, False)),
-    "lstm": lambda d: (
-        *(d(3, 2, 4), [d(2, 2, 5), d(2, 2, 5)], [p for n in (4, 5) for p in (d(20, n), d(20, 5))]),
-        *(False, 2, d.one_of(0.0, 0.5), d.one_of(True, False), False, False),
-    ),
+    "lstm": lambda d: _lstm(d, *d.one_of((d(3, 2, 4),), (d(4, 4), torch.tensor([2, 1, 1])))),
     "gru": lambda d: (
         *(d(3, 2, 4), d(2, 2, 5), [p for n in (4, 5) for p in (d(15, n), d(15, 5))]),
         *(False, 2, d.one_of(0.0, 0.5), d.one_of(True, False), False, False),

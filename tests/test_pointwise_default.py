@@ -102,6 +102,10 @@ def test_what_rounds_passes_nothing() -> None:
     for mode in ("floor", "trunc"):
         with pytest.raises(lrp.UncoveredLayerError, match="div"):
             lrp.attribute(lambda _, x, mode=mode: torch.div(x, 0.3, rounding_mode=mode))(None, normal(2, 3), target=1)
+        with pytest.raises(lrp.UncoveredLayerError, match="div"):
+            lrp.attribute(lambda _, x, mode=mode: torch.div(1 + x.exp(), 0.3, rounding_mode=mode))(
+                None, normal(2, 3), target=1
+            )
 
 
 def test_the_sign_of_another_tensor_carries_no_relevance() -> None:

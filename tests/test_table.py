@@ -21,7 +21,7 @@ from tests.cases import normal
 from tests.table_samples import NOT_DRAWN, drawn
 
 DRAWN = [name for name in TABLE if name not in NOT_DRAWN]
-SEEDS = range(8)
+SEEDS = range(9)
 
 
 @dataclass
@@ -141,7 +141,9 @@ def finite(value: Any) -> bool:
 def spoiled(x: Tensor) -> Tensor:
     """With some infinite elements, as a mask makes them."""
     x = x.clone()
-    x.view(-1)[:: max(x.numel() // 3, 2)] = -torch.inf
+    step = max(x.numel() // 3, 2)
+    x.view(-1)[::step] = -torch.inf
+    x.view(-1)[1::step] = torch.inf
     return x
 
 
@@ -158,8 +160,10 @@ def test_what_is_never_negative(name: str) -> None:
 
 def holed(x: Tensor) -> Tensor:
     """With some zeros, where functions may be infinite."""
+    step = max(x.numel() // 3, 2)
+    first = int(x.view(-1)[0].abs() * 1000) % step  # other ones in every operand
     x = x.clone()
-    x.view(-1)[:: max(x.numel() // 3, 2)] = 0
+    x.view(-1)[first::step] = 0
     return x
 
 
@@ -227,7 +231,7 @@ def test_what_is_zero_at_zero(name: str) -> None:
             flat = [torch.cat([w.reshape(-1) for w in weights])]
             low = weighted([torch.minimum(above, below)], flat)
             high = weighted([torch.maximum(above, below)], flat)
-            assert low - 1e-4 <= slope_at_zero(at, weights) <= high + 1e-4
+            assert low - 5e-3 <= slope_at_zero(at, weights) <= high + 5e-3
             assert max(low.abs(), high.abs()) < 1e3
     assert proven
 
@@ -290,7 +294,7 @@ def test_what_is_linear(name: str) -> None:
     a = 0.3
     for called in draws(name):
         for places in linear_in(called):
-            other = called.with_operands(on_tensors(lambda x: x.flip(0) * 1.3 + 0.1), places)
+            other = called.with_operands(on_tensors(lambda x: x.flip(list(range(x.ndim))) * 1.3 + 0.1), places)
             pairs = iter(zip(pytree.tree_leaves(called.args), pytree.tree_leaves(other.args), strict=True))
 
             def mixed(value: Any, pairs: Any = pairs) -> Any:
@@ -300,6 +304,8 @@ def test_what_is_linear(name: str) -> None:
             mean = Called(name, called.target, pytree.tree_map(mixed, called.args), called.kwargs)
             for x, y, z in zip(mean(), called(), other(), strict=True):
                 torch.testing.assert_close(x, a * y + (1 - a) * z, equal_nan=True)
+            if called.operator.kind in EACH:
+                assert all(map(is_zero, called.with_operands(lambda x: x * 0, places)()))
 
 
 @pytest.mark.parametrize("name", [name for name in DRAWN if TABLE[name].kind is not Kind.NON_LINEAR])
@@ -338,11 +344,18 @@ def test_what_only_takes_elements(name: str) -> None:
 def test_what_is_pointwise(name: str) -> None:
     """An element of the result changes with the same element of the operands alone."""
     for called in draws(name):
-        outputs = called()
-        changed = called.with_operands(on_tensors(lambda x: torch.cat([x[:-1], x[-1:].flip(-1) * 1.1])))
-        for before, after in zip(outputs, changed(), strict=True):
-            assert before.shape in [x.shape for x in called.operands if is_float(x)]
-            torch.testing.assert_close(after[:-1], before[:-1], rtol=0, atol=0, equal_nan=True)
+        (before,) = called()
+        assert before.shape in [x.shape for x in called.operands if is_float(x)]
+        for row in (0, 2):
+            (after,) = called.with_operands(on_tensors(lambda x, row=row: other_row(x, row)))()
+            kept = [k for k in range(3) if k != row]
+            torch.testing.assert_close(after[kept], before[kept], rtol=0, atol=0, equal_nan=True)
+
+
+def other_row(x: Tensor, row: int) -> Tensor:
+    x = x.clone()
+    x[row] = x[row].flip(0) * 1.1
+    return x
 
 
 @pytest.mark.parametrize("name", having(kind=(Kind.SOFTMAX,)))
@@ -398,12 +411,13 @@ def test_what_keeps_a_number_away_from_zero(name: str) -> None:
 def test_what_looks_like_a_gate(name: str) -> None:
     """A fraction lies between 0 and 1, a bounded number within 1 of 0, if only for what is not positive."""
     for seed in SEEDS:
-        x = -normal(3, 4, seed=seed).abs() * 10
+        x = -normal(3, 4, seed=seed).abs() * 3
         target = drawn(name, 0)[0]
         rest = drawn(name, 0)[1][1:] if TABLE[name].kind is Kind.SOFTMAX else ()
         for sign in (1, -1) if TABLE[name].gate == 2 else (1,):
             found = target(sign * x, *rest)
             assert found.abs().max() <= 1
+            assert found.unique().numel() > 1
             assert TABLE[name].gate == 1 or found.min() >= 0
 
 
@@ -437,7 +451,7 @@ def test_what_relevance_does_not_pass_through(name: str) -> None:
 @pytest.mark.parametrize("name", DRAWN)
 def test_what_is_random(name: str) -> None:
     """Another call gives another result where the record, or torch's tag, says so, and nowhere else."""
-    for called in draws(name)[: None if callable(TABLE[name].random) else 1]:
+    for called in draws(name)[: None if callable(TABLE[name].random) else 2]:
         torch.default_generator.manual_seed(0)
         results = [pytree.tree_leaves(called.target(*called.args, **called.kwargs)) for _ in range(3)]
         same = all(

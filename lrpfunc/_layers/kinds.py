@@ -79,7 +79,7 @@ def _against_itself(node: fx.Node, operator: Operator, inputs: tuple[fx.Node, ..
 
 
 def _is_pointwise(node: fx.Node, operator: Operator, inputs: tuple[fx.Node, ...], places: list[int | None]) -> bool:
-    """Whether it is a function of each element of one operand, which it is pointwise in."""
+    """Whether it is a function of each element of one tensor alone."""
     if len(places) != 1 or places[0] not in operator.operands or not isinstance(node.meta["val"], Tensor):
         return False
     return shape(inputs[0]) == shape(node)

@@ -23,6 +23,9 @@ _select = partial(Operator, Kind.SELECT, nonnegative=_ALL, finite=_ALL, degree=1
 _copy = partial(_select, pointwise=True, zero=_ALL)
 _winner = partial(Operator, Kind.WINNER, nonnegative=_ALL, finite=_ALL, degree=1)
 _larger = partial(_winner, (0, 1), pointwise=True, zero=_ALL)
+_sum = partial(Operator, Kind.SUM, finite=_ALL, degree=1)
+# Linear with weights none of which is negative.
+_blend = partial(Operator, Kind.LINEAR, nonnegative=_ALL, finite=_ALL)
 _average = partial(Operator, Kind.AVERAGE, reduces=True, nonnegative=_ALL, finite=_ALL, degree=1)
 _activation = partial(Operator, Kind.ACTIVATION, pointwise=True)
 _norm = partial(Operator, Kind.STATISTIC, reduces=True, nonnegative=_ALWAYS)
@@ -71,32 +74,21 @@ _RECORDS = {
     "minimum=min.other fmax fmin": _larger(),
     # ----------------------------------------------------------------------------------------------------------
     # Linear, or affine, in all operands together
-    "add": Operator(
-        Kind.SUM,
-        (0, 1),
-        pointwise=True,
-        epsilon=True,
-        nonnegative=when.keeps_sign_if_scaled_so,
-        zero=_ALL,
-        finite=_ALL,
-        degree=1,
-    ),
-    "sub=subtract rsub": Operator(Kind.SUM, (0, 1), pointwise=True, zero=_ALL, finite=_ALL, degree=1),
-    "sum nansum": Operator(Kind.SUM, reduces=True, nonnegative=_ALL, finite=_ALL, degree=1),
+    "add": _sum((0, 1), pointwise=True, epsilon=True, zero=_ALL, nonnegative=when.keeps_sign_if_scaled_so),
+    "sub=subtract rsub": _sum((0, 1), pointwise=True, zero=_ALL),
+    "sum nansum": _sum(reduces=True, nonnegative=_ALL),
     "mean": _average(),
     "avg_pool1d avg_pool2d avg_pool3d": _average(nonnegative=when.keeps_sign_unless_divided),
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d": _average(),
     "_adaptive_avg_pool2d _adaptive_avg_pool3d": _average(),
-    "cumsum trace sum_to_size col2im": Operator(Kind.LINEAR, nonnegative=_ALL, finite=_ALL),
-    "upsample_nearest1d upsample_nearest2d upsample_nearest3d": Operator(Kind.LINEAR, nonnegative=_ALL, finite=_ALL),
-    "_upsample_nearest_exact1d _upsample_nearest_exact2d": Operator(Kind.LINEAR, nonnegative=_ALL, finite=_ALL),
-    "_upsample_nearest_exact3d upsample_linear1d": Operator(Kind.LINEAR, nonnegative=_ALL, finite=_ALL),
-    "upsample_bilinear2d _upsample_bilinear2d_aa": Operator(Kind.LINEAR, nonnegative=_ALL, finite=_ALL),
-    "upsample_trilinear3d": Operator(Kind.LINEAR, nonnegative=_ALL, finite=_ALL),
+    "cumsum trace sum_to_size col2im": _blend(),
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d": _blend(),
+    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d": _blend(),
+    "upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d": _blend(),
     "upsample_bicubic2d _upsample_bicubic2d_aa": Operator(Kind.LINEAR, finite=_ALL),
     "diff": Operator(Kind.LINEAR, (0, 3, 4), finite=_ALL),
-    "scatter_add": Operator(Kind.LINEAR, (0, 3), nonnegative=_ALL, finite=_ALL),
-    "index_add": Operator(Kind.LINEAR, (0, 3), nonnegative=when.keeps_sign_if_scaled_so, finite=_ALL),
+    "scatter_add": _blend((0, 3)),
+    "index_add": _blend((0, 3), nonnegative=when.keeps_sign_if_scaled_so),
     "lerp addcdiv": Operator(Kind.LINEAR, (0, 1)),
     "grid_sampler grid_sampler_2d grid_sampler_3d": Operator(Kind.LINEAR),
     "sigmoid_backward tanh_backward threshold_backward gelu_backward": Operator(Kind.LINEAR),
@@ -115,7 +107,7 @@ _RECORDS = {
         zero=when.only_numerator,
         singular=when.divisor,
     ),
-    "div.Tensor_mode div.Scalar_mode divide.Tensor_mode divide.Scalar_mode": Operator(pointwise=True),
+    "div.Tensor_mode div.Scalar_mode divide.Tensor_mode divide.Scalar_mode": Operator(),
     "linear": Operator(Kind.DENSE, (0, 1), addend=2, features=0),
     "mm matmul": Operator(Kind.DENSE, (0, 1), features=-1),
     "addmm": Operator(Kind.DENSE, (1, 2), addend=0, features=-1),
