@@ -22,6 +22,7 @@ import re
 import site
 import sys
 import threading
+import time
 import types
 import uuid
 import warnings
@@ -506,25 +507,32 @@ def test_clear_cache_forgets_what_was_recorded(tmp_path: pathlib.Path) -> None:
     assert fn(torch.ones(1)).item() == 3
 
 
+def appears(file: pathlib.Path) -> bool:
+    """Waits for a file. Threads speak through files here, because a model function's files are not looked up."""
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return file.exists()
+
+
 def test_clear_cache_beside_a_recording(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "scale"
     file.write_text("2")
-    read, cleared = threading.Event(), threading.Event()
 
     def model(x: Tensor) -> Tensor:
         scale = float(file.read_text())
-        read.set()
-        cleared.wait(10)
+        (tmp_path / "read").touch()
+        appears(tmp_path / "cleared")
         return x * scale
 
     fn = lrp.attribute(model, lrp.gradient(), argnums=0)
     answers: list[float] = []
     thread = threading.Thread(target=lambda: answers.append(fn(torch.ones(1)).item()))
     thread.start()
-    read.wait(10)
+    assert appears(tmp_path / "read")
     file.write_text("3")
     lrp.clear_cache()
-    cleared.set()
+    (tmp_path / "cleared").touch()
     thread.join()
     assert answers == [2.0]  # it had begun before
     assert fn(torch.ones(1)).item() == 3
@@ -596,19 +604,18 @@ def test_what_cannot_be_seen_is_named_once() -> None:
     assert len(found) == 1
 
 
-def test_what_another_thread_changes_during_a_recording_is_not_taken_for_what_was_there() -> None:
+def test_what_another_thread_changes_during_a_recording_is_not_taken_for_what_was_there(tmp_path: pathlib.Path) -> None:
     state = types.SimpleNamespace(scale=2.0)
-    begun, changed = threading.Event(), threading.Event()
 
     def model(x: Tensor) -> Tensor:
-        begun.set()
-        changed.wait(10)
+        (tmp_path / "begun").touch()
+        appears(tmp_path / "changed")
         return x * state.scale
 
     def change() -> None:
-        begun.wait(10)
+        appears(tmp_path / "begun")
         state.scale = 3.0
-        changed.set()
+        (tmp_path / "changed").touch()
 
     thread = threading.Thread(target=change)
     thread.start()

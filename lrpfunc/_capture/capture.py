@@ -17,6 +17,7 @@ from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.functional import functional
 from lrpfunc._capture.identity import describe_tensor, identity
 from lrpfunc._capture.isolation import alone, isolated, surroundings
+from lrpfunc._capture.module import ModelFunction
 from lrpfunc._capture.program import Program
 from lrpfunc._capture.trace import trace
 from lrpfunc._errors import CaptureWarning
@@ -115,13 +116,16 @@ def _warn(model_fn: Callable[..., Any], unknown: Sequence[str], changed: str | N
 
 def _subject(model_fn: Any) -> Any:
     """What stays the same of a function that may be made anew for each call."""
-    while True:
-        if isinstance(model_fn, functools.partial):
-            model_fn = model_fn.func
-        elif isinstance(model_fn, types.MethodType):
+    while isinstance(model_fn, functools.partial):
+        model_fn = model_fn.func
+    match model_fn:
+        case ModelFunction():
+            return model_fn.module
+        case types.MethodType():
             return model_fn.__self__
-        else:
-            return getattr(model_fn, "module", None) or getattr(model_fn, "__code__", model_fn)
+        case types.FunctionType():
+            return model_fn.__code__
+    return model_fn
 
 
 def _callers_level() -> int:
