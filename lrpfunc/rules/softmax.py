@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Kind, Layer
+from lrpfunc._ops.call import named
 from lrpfunc.rules._message import Form, Message, Multiplier, Relevance, Stabilizer, as_stabilizer, carried, divide
 from lrpfunc.rules._rule import Rule
-
-_SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
 
 
 @final
@@ -79,7 +78,7 @@ class TaylorSoftmax(Rule):
             return {"stabilizer": (layer.output * (m - v * centred)).sum()}
         if self.bias == "distribute":
             return {}
-        if layer.layer.operation in _SOFTMAX:
+        if named(layer.layer.operation).name == "softmax":
             return {"nonlinearity": self._of_bias(layer, m).sum()}
         (linear,) = layer.jvp([carried(layer.input)])
         return {"nonlinearity": (m * (carried(layer.output) - linear)).sum()}
@@ -99,6 +98,6 @@ class TaylorSoftmax(Rule):
     def objection(self, layer: Layer) -> str | None:
         if layer.kind is not Kind.SOFTMAX:
             return "TaylorSoftmax serves softmax, log_softmax and logsumexp"
-        if self.bias != "absorb" and layer.operation not in _SOFTMAX:
+        if self.bias != "absorb" and named(layer.operation).name != "softmax":
             return f"bias={self.bias!r} is for a softmax; a log_softmax or logsumexp takes lrpfunc.TaylorSoftmax()"
         return None
