@@ -235,6 +235,11 @@ def global_forward_hooks() -> Iterator[int]:
     yield from (*module._global_forward_hooks, *module._global_forward_pre_hooks)
 
 
+def is_operator(kind: type) -> bool:
+    """Whether objects of that type are operators of torch, or hold them: `torch.ops` is public, its types are not."""
+    return kind.__module__ == "torch._ops"
+
+
 def schema(target: Any) -> Any:
     """What torch declares of an operation: its arguments, and which of them it writes to; `None` for functions.
 

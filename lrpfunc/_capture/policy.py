@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lrpfunc._capture.identity import has_hidden_state
+from lrpfunc._torch import is_operator
 
 # By value, as they are: they hash, and equal ones are the same to any code.
 PLAIN = frozenset(
@@ -104,7 +105,7 @@ def policy(kind: type) -> str:
     for types_, method in _TABLE:
         if issubclass(kind, types_):
             return method
-    if kind.__module__ == "torch._ops":  # operators, which keep notes of how they were called
+    if is_operator(kind):  # operators, which keep notes of how they were called
         return "_same"
     if not has_hidden_state(kind):
         return "_instance"  # all that is in it stands in its attributes
