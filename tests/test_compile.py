@@ -129,6 +129,7 @@ def test_what_is_bound_may_be_converted() -> None:
         assert torch.equal(compiled(x, target=1), bound(x, target=1))
 
 
+@pytest.mark.filterwarnings("ignore::lrpfunc.CaptureWarning")
 def test_what_does_not_count_its_changes_or_changes_at_each_call() -> None:
     torch.compiler.reset()
     with torch.inference_mode():

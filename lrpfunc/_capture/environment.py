@@ -242,6 +242,8 @@ class Environment:
         else:
             self.tensors.append(tensor)
             self._parts += (kind, *describe_tensor(tensor))
+        if kind.__module__.startswith("torch._"):
+            return  # made by a trace of torch's, whose notes are its attributes
         if kind is not Tensor and kind is not nn.Parameter:
             self._visit_class(kind)
         if own := tensor.__dict__:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lrpfunc import _tree as tree
-from lrpfunc._capture.identity import slots
+from lrpfunc._capture.identity import attributes
 from lrpfunc.rules._equality import Description
 
 _LEAVES = "_leaves_of_tree"
@@ -65,8 +66,7 @@ class Place(tree.AttributeKey):
 
 
 def _flatten(obj: Parametric) -> tuple[list[tuple[Place, Any]], Structure]:
-    attributes = _attributes(obj)
-    leaves, spec = tree.flatten_with_path(attributes, is_leaf=lambda value: isinstance(value, Parametric))
+    leaves, spec = tree.flatten_with_path(_attributes(obj), is_leaf=lambda value: isinstance(value, Parametric))
     # Whoever maps over a tree puts other things into it, such as the None of a gradient or the axes of a `vmap`. They
     # stay its leaves, or it would not have the structure of the tree that it was made of.
     held = vars(obj).get(_LEAVES)
@@ -92,6 +92,8 @@ def _unflatten(children: Iterable[Any], structure: Structure) -> Parametric:
 
 def _attributes(obj: Parametric) -> dict[str, Any]:
     """All that the object holds, but for what a `cached_property` has computed from it."""
-    cls = type(obj)
-    names = [name for name in (*slots(cls), *vars(obj)) if name != _LEAVES and hasattr(obj, name)]
-    return {n: getattr(obj, n) for n in names if not isinstance(getattr(cls, n, None), functools.cached_property)}
+    cls, found = type(obj), dict(attributes(obj))
+    fields = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    names = dict.fromkeys([*(name for name in fields if name in found), *found])  # slots have an order of their own
+    cached = functools.cached_property
+    return {n: found[n] for n in names if n != _LEAVES and not isinstance(getattr(cls, n, None), cached)}
