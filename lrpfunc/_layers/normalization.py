@@ -54,6 +54,9 @@ class _Degree:
 
     def _step(self, node: fx.Node) -> tuple[float, bool] | None:
         operator, operands = of(node), self._reached.operands(node)
+        degree = 1.0 if operator.epsilon else degree_of(node)
+        if degree is None and operator.name != "mul" and operator.kind is not Kind.QUOTIENT:
+            return None  # before its operands are looked at, which would lead through the whole network
         found = [self.of(operand) for operand in operands]
         known = [f for f in found if f is not None]
         if len(known) < len(found) or not known:
@@ -65,5 +68,4 @@ class _Degree:
         if operator.kind is Kind.QUOTIENT:
             first = degrees[0] if node.args[0] in operands else -degrees[0]
             return first - sum(degrees[1:]), reduced
-        degree = 1.0 if operator.epsilon else degree_of(node)
         return None if degree is None or len(set(degrees)) > 1 else (degrees[0] * degree, reduced)
