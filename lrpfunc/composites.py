@@ -210,17 +210,13 @@ def epsilon_alpha2_beta1_flat(
     return _recipe(AlphaBeta(2.0, 1.0, stabilizer, zero_params), Epsilon(epsilon, zero_params), stabilizer, flat)
 
 
-def attn_lrp(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+def attn_lrp() -> Composite:
     """AttnLRP: for transformers, state space models, recurrent and gated networks.
 
     The softmax by its Taylor expansion, products in equal shares, activations and normalizations by the identity.
     Recurrent gates, the weights of routed experts and the coefficients of a selective scan are held constant. Dense
     layers, convolutions and sums have no entry and take LRP-0; add a composite for them behind, as in
     `attn_lrp() + epsilon_plus()`.
-
-    Args:
-        stabilizer: Accepted, like `zero_params`, by all composites; nothing here needs one.
-        zero_params: Nothing here modifies parameters.
 
     Example:
         >>> import torch, lrpfunc as lrp
@@ -242,15 +238,11 @@ def attn_lrp(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Comp
     )
 
 
-def cp_lrp(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+def cp_lrp() -> Composite:
     """CP-LRP: as `attn_lrp`, but attention weights and gates are held constant, so that relevance is conserved.
 
     Relevance goes through the values of attention and what gates let through. A product of which neither operand is a
     gate is shared out.
-
-    Args:
-        stabilizer: Accepted, like `zero_params`, by all composites; nothing here needs one.
-        zero_params: Nothing here modifies parameters.
 
     Example:
         >>> import torch, lrpfunc as lrp
@@ -272,14 +264,10 @@ def cp_lrp(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Compos
     )
 
 
-def mamba_lrp(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+def mamba_lrp() -> Composite:
     """MambaLRP: for state space models, with their selective scans, gates and normalizations.
 
     Relevance goes through the input of a selective scan; its discretised coefficients are held constant. Gates share.
-
-    Args:
-        stabilizer: Accepted, like `zero_params`, by all composites; nothing here needs one.
-        zero_params: Nothing here modifies parameters.
 
     Example:
         >>> import lrpfunc as lrp
@@ -321,12 +309,8 @@ def excitation_backprop(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = No
     )
 
 
-def gradient(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+def gradient() -> Composite:
     """No rule at all: the plain gradient, a cotangent composite.
-
-    Args:
-        stabilizer: Accepted, like `zero_params`, by all composites; nothing here divides.
-        zero_params: Nothing here modifies parameters.
 
     Example:
         >>> import torch, lrpfunc as lrp
@@ -336,12 +320,8 @@ def gradient(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Comp
     return Composite((), cotangent=True)
 
 
-def deconvnet(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+def deconvnet() -> Composite:
     """`ReLUDeconvNet` for ReLUs, the plain VJP elsewhere: a cotangent composite.
-
-    Args:
-        stabilizer: Nothing here divides.
-        zero_params: Nothing here modifies parameters.
 
     Example:
         >>> import lrpfunc as lrp
@@ -354,12 +334,8 @@ def deconvnet(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Com
     return Composite(((ReLU, ReLUDeconvNet()),), cotangent=True)
 
 
-def guided_backprop(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) -> Composite:
+def guided_backprop() -> Composite:
     """`ReLUGuidedBackprop` for ReLUs, the plain VJP elsewhere: a cotangent composite.
-
-    Args:
-        stabilizer: Nothing here divides.
-        zero_params: Nothing here modifies parameters.
 
     Example:
         >>> import lrpfunc as lrp
@@ -372,15 +348,11 @@ def guided_backprop(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None) 
     return Composite(((ReLU, ReLUGuidedBackprop()),), cotangent=True)
 
 
-def beta_smooth(
-    beta_smooth: float | Tensor = 10.0, *, stabilizer: Stab = 1e-6, zero_params: ZeroParams = None
-) -> Composite:
+def beta_smooth(beta_smooth: float | Tensor = 10.0) -> Composite:
     """`ReLUBetaSmooth` for ReLUs, the plain VJP elsewhere: a cotangent composite.
 
     Args:
         beta_smooth: The sharpness of the softplus whose derivative stands in for the ReLU's.
-        stabilizer: Nothing here divides.
-        zero_params: Nothing here modifies parameters.
 
     Example:
         >>> import lrpfunc as lrp

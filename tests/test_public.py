@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import lrpfunc as lrp
 from lrpfunc import testing
@@ -67,9 +69,33 @@ def test_every_composite_is_in_the_list() -> None:
     functions = [f for f in vars(lrp).values() if inspect.isfunction(f)]
     recipes = {f.__name__ for f in functions if f.__annotations__.get("return") == "Composite"}
     assert recipes == set(COMPOSITES)
-    for recipe in recipes:
-        parameters = inspect.signature(getattr(lrp, recipe)).parameters
-        assert {"stabilizer", "zero_params"} <= set(parameters)
+
+
+@pytest.mark.parametrize("recipe", COMPOSITES)
+def test_every_argument_of_a_composite_matters(recipe: str) -> None:
+    """What a composite takes, it uses: the relevance of a net with everything in it tells."""
+    make = getattr(lrp, recipe)
+    other = {"stabilizer": 0.5, "zero_params": "weight", "beta_smooth": 2.0, "low": -2.0, "high": 2.0}
+    given = {name: other.get(name, 0.5) for name in inspect.signature(make).parameters}
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3),
+        nn.ReLU(),
+        nn.Conv2d(3, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(3, 2),
+    ).double()
+    model_fn, params = lrp.from_module(net.eval())
+    x = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)).double()
+    bounds = {"low": -3.0, "high": 3.0} if "low" in given else {}
+
+    def relevance(**changed: Any) -> Tensor:
+        return lrp.attribute(model_fn, make(**{**bounds, **changed}))(params, x, target=0)
+
+    for name, value in given.items():
+        assert not torch.equal(relevance(**{name: value}), relevance()), name
 
 
 def test_python_and_torch_are_supported() -> None:

@@ -481,7 +481,7 @@ def test_explain_shows_the_tensor() -> None:
         "(0.5 * Epsilon(epsilon=rules[0].terms[0][1].epsilon, zero_params=None) + rules[0].terms[1][0] * ZBox(" in text
     )
     assert "rules[0].terms[0][1].epsilon = 0.125\n" in text
-    assert "rules[0].terms[1][1].low = 3, from -1 to -1\n" in text
+    assert "rules[0].terms[1][1].low = shape 3, from -1 to -1\n" in text
     assert "tensor" not in text
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -257,3 +261,39 @@ def test_bounds_of_an_unbatched_image() -> None:
     rules = [(lrp.Convolution, lrp.ZBox(-torch.ones(3), 1.0))]
     with pytest.raises(lrp.RuleError, match=r"give it shape \(3, 1, 1\)"):
         lrp.attribute(f, rules)(normal(2, 3, 2, 2), normal(3, 3, 3))
+
+
+@dataclass(frozen=True, eq=False)
+class Returns(lrp.Rule):
+    """Whatever it is told to return, made of the right answer."""
+
+    make: Callable[[Tensor], Any]
+
+    def propagate(self, layer: lrp.BoundLayer, message: Any) -> Any:
+        return self.make(message.value.sum(-1, keepdim=True).expand(layer.input.shape))
+
+
+@pytest.mark.parametrize(
+    ("make", "came"),
+    [
+        (lambda r: lrp.Relevance(r), "returned Relevance of shape (2, 4)"),
+        (lambda r: (r,), "returned (a tensor of shape (2, 4), which does not say what it holds)"),
+        (lambda r: r, "returned a tensor of shape (2, 4), which does not say what it holds"),
+        (lambda r: (), "returned ()"),
+        (lambda r: (lrp.Relevance(r), None), "returned (Relevance of shape (2, 4), None)"),
+        (lambda r: (lrp.Relevance(r[0]),), "returned (Relevance of shape (4,))"),
+        (lambda r: (lrp.Multiplier(r[:, :1]),), "returned (Multiplier of shape (2, 1))"),
+        (lambda r: (lrp.Relevance(1.0),), "returned (a Relevance)"),
+        (lambda r: None, "returned None"),
+    ],
+)
+def test_what_a_rule_must_return(make: Callable[[Tensor], Any], came: str) -> None:
+    W, x = torch.ones(4, 3).double(), torch.ones(2, 4).double()
+    wrong = re.escape(came)
+    for rule in (Returns(make), 0.5 * Returns(make) + 0.5 * lrp.Epsilon()):
+        for transform in (lrp.attribute, partial(lrp.attribute, lowered=False), lrp.explain):
+            with pytest.raises(lrp.RuleError, match=wrong) as raised:
+                transform(lambda w, x: x @ w, [(lrp.Dense, rule)])(W, x, target=0)
+            assert "matmul   (2, 4) -> (2, 3)" in str(raised.value)
+            assert "(a message of shape (2, 4))" in str(raised.value)
+            assert "return (lrp.Relevance(r),)" in str(raised.value)

@@ -103,15 +103,26 @@ def test_a_rule_of_ones_own() -> None:
         assert largest_difference(2 * halved, whole) < 1e-12
 
 
+@dataclass(frozen=True, eq=False)
+class Written(lrp.Rule):
+    """`Gradient`, by the function itself."""
+
+    form: ClassVar[Any] = "multiplier"
+
+    def propagate(self, layer: lrp.BoundLayer, message: Any) -> tuple[Any, ...]:
+        _, pullback, *_ = torch.func.vjp(layer.function(layer.layer.inputs), *layer.inputs)
+        return tuple(map(lrp.Multiplier, pullback(message.value)))
+
+
 def test_one_of_several_outputs_is_served_like_the_only_one() -> None:
     """What relevance does not come to is no output of the layer."""
-    f = lambda _, x: torch.var_mean(x, -1)[0]  # noqa: E731
-    explanation = lrp.explain(f, [(lrp.Statistic, lrp.Uniform())])(None, X)
-    assert abs(explanation.residual) < 1e-12
-    assert (
-        largest_difference(explanation.relevance, lrp.attribute(lambda _, x: x.var(-1), lrp.attn_lrp())(None, X))
-        < 1e-12
-    )
+    f = lambda _, x: torch.linalg.eigh(x)[0]  # noqa: E731
+    x = X @ X.mT
+    for own, built_in in ((Written(), lrp.Gradient()), (2 * Written(), 2 * lrp.Gradient())):
+        one, other = (lrp.explain(f, [(lrp.operation("linalg_eigh"), rule)])(None, x) for rule in (own, built_in))
+        assert largest_difference(one.relevance, other.relevance) < 1e-12
+    # The eigenvalues are homogeneous of degree 1: nothing is absorbed.
+    assert one.relevance_in == pytest.approx(2 * one.start)
 
 
 def test_the_form_of_messages() -> None:

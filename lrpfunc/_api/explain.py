@@ -146,7 +146,8 @@ def _follower(node: fx.Node) -> str:
 def _described(tensor: Tensor) -> str:
     if tensor.numel() == 1:
         return f"{tensor.item():.6g}"
-    return f"{_shape(tuple(tensor.shape))}, from {tensor.min().item():.6g} to {tensor.max().item():.6g}"
+    shape = f"shape {_shape(tuple(tensor.shape))}"
+    return f"{shape}, from {tensor.min().item():.6g} to {tensor.max().item():.6g}" if tensor.numel() else shape
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -62,10 +62,9 @@ def _rectified(
     values: Mapping[fx.Node, Any],
 ) -> Tensor | None:
     """The output of the ReLU that alone sent a message, if that is 0 wherever the ReLU is off."""
-    came = [arrived for node in layer.outputs if node is not None for arrived in arriving.get(node, ())]
-    if len(layer.outputs) > 1 or len(came) > 1:
+    if len(layer.outputs) != 1 or len(arriving[layer.output]) != 1:
         return None
-    ((message, sender),) = came
+    ((message, sender),) = arriving[layer.output]
     if sender is None or sender.operation != "relu" or not isinstance(message, Multiplier):
         return None
     return values[sender.output] if isinstance(rules[sender], (Pass, Gradient)) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Literal, Protocol, final
+from typing import Literal, Protocol, TypeGuard, final
 
 import torch
 from torch import Tensor
@@ -61,6 +61,11 @@ class Multiplier:
 
     def unconvertible(self, activation: Tensor) -> Tensor:
         return torch.zeros_like(self.value)
+
+
+def is_message(value: object) -> TypeGuard[Relevance | Multiplier]:
+    """Whether it is one of the two forms, and holds a tensor."""
+    return isinstance(value, (Relevance, Multiplier)) and isinstance(value.value, Tensor)
 
 
 def carried(activation: Tensor) -> Tensor:

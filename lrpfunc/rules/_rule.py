@@ -11,6 +11,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, fx
 
+from lrpfunc._errors import RuleError
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Layer
 from lrpfunc.rules._message import (
@@ -22,6 +23,7 @@ from lrpfunc.rules._message import (
     carried,
     divide,
     in_form,
+    is_message,
     scale,
 )
 from lrpfunc.rules._pytree import Parametric
@@ -99,7 +101,10 @@ class Rule(Parametric, abc.ABC):
 
     def apply(self, layer: BoundLayer, messages: Sequence[Message | None]) -> tuple[Message | None, ...]:
         """`propagate`, in the form the rule takes; `messages` has `None` for an output that no relevance came to."""
-        return self.propagate(layer, *in_form(messages, layer.outputs, self.takes(layer.layer)))
+        results = self.propagate(layer, *in_form(messages, layer.outputs, self.takes(layer.layer)))
+        if not _answers(results, layer.inputs):
+            raise _misshapen(self, layer, results)
+        return results
 
     def account(self, layer: BoundLayer, messages: Sequence[Message | None]) -> dict[str, Tensor]:
         """`absorbed`, together with what the conversion to the rule's form loses."""
@@ -131,6 +136,34 @@ class Rule(Parametric, abc.ABC):
 
     def __sub__(self, other: Rule) -> Rule:
         return self + (-other) if isinstance(other, Rule) else NotImplemented
+
+
+def _answers(results: object, inputs: Sequence[Tensor]) -> bool:
+    """Whether the results are one message for each input, of its shape."""
+    if not isinstance(results, (tuple, list)) or len(results) != len(inputs):
+        return False
+    return all(m is None or is_message(m) and m.value.shape == x.shape for m, x in zip(results, inputs, strict=True))
+
+
+def _misshapen(rule: Rule, layer: BoundLayer, results: object) -> RuleError:
+    came = ", ".join(map(_described, results)) if isinstance(results, (tuple, list)) else _described(results)
+    wanted = [f"a message of shape {tuple(x.shape)}" for x in layer.inputs]
+    example = ", ".join(f"lrp.Relevance(r{i})" for i in range(len(wanted))) if len(wanted) > 1 else "lrp.Relevance(r),"
+    return RuleError(
+        f"propagate of {rule!r} must return a tuple of one message, or None, for each input of the layer\n\n"
+        f"    {layer.layer}\n\n"
+        f"that is ({', '.join(wanted)}), and returned {f'({came})' if isinstance(results, (tuple, list)) else came}. "
+        "A message is relevance, or a multiplier of the input, and has the input's shape; end with\n\n"
+        f"    return ({example})"
+    )
+
+
+def _described(result: object) -> str:
+    if is_message(result):
+        return f"{type(result).__name__} of shape {tuple(result.value.shape)}"
+    if isinstance(result, Tensor):
+        return f"a tensor of shape {tuple(result.shape)}, which does not say what it holds"
+    return "None" if result is None else f"a {type(result).__name__}"
 
 
 def _is_factor(value: object) -> bool:
