@@ -77,17 +77,36 @@ class BoundLayer:
         """The layer as a function of some of its operands."""
 
         def evaluate(*tensors: Tensor) -> Any:
-            inner: dict[fx.Node, Any] = dict(zip(wrt, tensors, strict=True))
-
-            def read(node: fx.Node) -> Any:
-                return inner[node] if node in inner else self.values[node]
-
-            for node in self.layer.nodes:
-                args, kwargs = map_arg((node.args, node.kwargs), read)
-                inner[node] = call(node, args, kwargs, exact=self.exact)
-            return self._outputs(inner[self.layer.nodes[-1]])
+            return self._outputs(self._run(self.layer.nodes, dict(zip(wrt, tensors, strict=True))))
 
         return evaluate
+
+    def _run(self, nodes: Sequence[fx.Node], inner: dict[fx.Node, Any]) -> Any:
+        """What the last of some nodes gives, with other values than those of the forward pass for `inner`."""
+
+        def read(node: fx.Node) -> Any:
+            return inner[node] if node in inner else self.values[node]
+
+        for node in nodes:
+            args, kwargs = map_arg((node.args, node.kwargs), read)
+            inner[node] = call(node, args, kwargs, exact=self.exact)
+        return inner[nodes[-1]]
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """A tensor shaped like a softmax, summed as the softmax sums: along its axes, or over its segments."""
+        if not self.layer.sums:
+            return tensor.sum(list(self.layer.axes), keepdim=True)
+        return self._total(tensor) - self._total(torch.zeros_like(tensor))
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        added, *nodes = self.layer.sums
+        inner: dict[fx.Node, Any] = {added: tensor}
+        for node in nodes:
+            if of(node).epsilon:  # which keeps the sum away from zero, and is none of it
+                inner[node] = next(inner[operand] for operand in node.all_input_nodes if operand in inner)
+            else:
+                self._run([node], inner)
+        return inner[nodes[-1]]
 
     def signal_function(self) -> Callable[..., Any]:
         """The layer as an affine function of its signals: statistics, gates and attention weights are held constant."""

@@ -146,6 +146,7 @@ class Cover:
             signals=signals,
             shares=nature.shares,
             axes=nature.axes,
+            sums=() if tile is None else tile.sums,
             keeps_zero=nature.kind is Kind.ACTIVATION and len(inputs) == 1 and keeps_zero(nodes, inputs[0]),
             is_tap=node in self.tapped,
         )

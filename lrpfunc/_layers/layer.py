@@ -48,6 +48,7 @@ class Layer:
             a gate lets through. Empty where that cannot be told.
         shares: What each input of a product, quotient, statistic or attention counts for when all operands share.
         axes: The axes that a softmax sums over.
+        sums: Of a softmax over segments, what it adds up and the nodes that give each element its segment's sum.
         keeps_zero: Whether an activation is 0 at 0, and has a derivative there.
     """
 
@@ -68,6 +69,7 @@ class Layer:
     signals: tuple[fx.Node, ...] = ()
     shares: tuple[float, ...] = ()
     axes: tuple[int, ...] = ()
+    sums: tuple[fx.Node, ...] = ()
     keeps_zero: bool = False
     is_tap: bool = False
 

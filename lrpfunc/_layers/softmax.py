@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx
 
 from lrpfunc._layers.layer import Kind
+from lrpfunc._layers.segments import ADDED, MAXIMA, places_of, same_segments, segments_of
 from lrpfunc._layers.tile import Reached, Tile, axes_of, shape
-from lrpfunc._ops.call import degree_of, of
+from lrpfunc._ops.call import degree_of, of, operation_name
 from lrpfunc._ops.operator import Operator
 
 _INVERSE = {"exp": "softmax", "log": "log_softmax"}
@@ -20,6 +21,9 @@ def softmax(node: fx.Node, reached: Reached) -> Tile | None:
 
     Known are `exp(x) / sum(exp(x))`, with or without a maximum subtracted, a constant mask multiplied or an epsilon
     added; `exp` of a log-softmax or of `x - logsumexp(x)`, and `x - logsumexp(x)` and the logarithm of a softmax.
+
+    The sum may be over segments, as over the edges that end in a node of a graph: `exp(x) / sums[index]`, where
+    `sums = zeros.index_add(0, index, exp(x))`.
     """
     operator = of(node)
     factors = list(node.args[:2])
@@ -66,20 +70,26 @@ def _quotient(node: fx.Node, numerator: Any, divisor: Any, reached: Reached) -> 
     weights = reached.source_of(_unmasked(numerator, reached))
     if of(weights).name not in ("exp", "exp2") or weights in reached.sources:
         return None
-    summed, logits = reached.source_of(_unmasked(total.args[0], reached)), weights.args[0]  # type: ignore[arg-type]
+    added = _added(total)
+    summed, logits = reached.source_of(_unmasked(added, reached)), weights.args[0]
     same = summed is weights or (summed.target is weights.target and summed.args == weights.args)
-    if not same or shape(numerator) != shape(total.args[0]) or not isinstance(logits, fx.Node):  # type: ignore[arg-type]
+    if not same or shape(numerator) != shape(added) or not isinstance(logits, fx.Node):
         return None
     root = _without_maximum(logits, reached)
-    return Tile(Kind.SOFTMAX, "softmax", reached.between(root, node), (root,), axes_of(total))
+    nodes = reached.between(root, node)
+    if of(total).reduces:
+        return Tile(Kind.SOFTMAX, "softmax", nodes, (root,), axes_of(total))
+    return Tile(Kind.SOFTMAX, "softmax", nodes, (root,), sums=(added, *reached.between(added, divisor)))
 
 
 def _inverted(node: Any, reached: Reached) -> fx.Node | None:
-    """The `d` of `1 / d`, through changes of shape."""
+    """The `d` of `1 / d`, which torch records as `reciprocal(d) * 1`, through changes of shape."""
     if not reached.is_step(node):
         return None
     node = reached.source_of(node)
     operands: Any = node.args
+    if of(node).name == "mul" and operands[1] == 1:
+        return _inverted(operands[0], reached)
     if degree_of(node) == -1:
         return operands[0]
     inverts = of(node).kind is Kind.QUOTIENT and operands[1] in reached and operands[0] not in reached
@@ -87,18 +97,30 @@ def _inverted(node: Any, reached: Reached) -> fx.Node | None:
 
 
 def _sum_under(divisor: fx.Node, reached: Reached) -> fx.Node | None:
-    """The sum that a divisor is, through changes of shape, an epsilon that is added and a lower bound."""
+    """The sum that a divisor is, through changes of shape, an epsilon that is added and a lower bound.
+
+    A sum over segments is one if each element is given that of its own segment.
+    """
+    chosen = None
     while reached.is_step(divisor):
         operator = of(divisor)
         if operator.kind is Kind.SUM and operator.reduces:
             return divisor
-        if operator.kind is not Kind.SELECT and not operator.epsilon:
-            return None
         operands = reached.operands(divisor)
-        if len(operands) != 1:
+        if segments := segments_of(divisor):
+            own = chosen is not None and operands == [_added(divisor)] and same_segments(segments, chosen)
+            return divisor if own else None
+        if (operator.kind is not Kind.SELECT and not operator.epsilon) or len(operands) != 1:
             return None
+        chosen = chosen or places_of(divisor)
         (divisor,) = operands
     return None
+
+
+def _added(total: fx.Node) -> fx.Node:
+    """What a sum adds up."""
+    place = 0 if of(total).reduces else ADDED[operation_name(total)]
+    return total.args[place]  # type: ignore[return-value]
 
 
 def _unmasked(node: fx.Node, reached: Reached) -> fx.Node:
@@ -116,9 +138,11 @@ def _without_maximum(logits: fx.Node, reached: Reached) -> fx.Node:
     if not isinstance(x, fx.Node) or not isinstance(shift, fx.Node) or x not in reached:
         return logits
     largest = _behind(shift, lambda n: of(n).kind is Kind.SELECT or of(n).name in ("detach", "getitem"))
-    if of(largest).name not in ("amax", "max"):
+    name = operation_name(largest)
+    if name not in ("amax", "max", *MAXIMA):
         return logits
-    of_what = _behind(largest.args[0], lambda n: n is not x and (_copies(of(n)) or of(n).name == "detach"))
+    compared = largest.args[MAXIMA.get(name, 0)]
+    of_what = _behind(compared, lambda n: n is not x and (_copies(of(n)) or of(n).name == "detach"))
     return x if of_what is x else logits
 
 

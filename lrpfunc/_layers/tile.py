@@ -18,6 +18,10 @@ class Tile:
     """Several operations, in their order, as one layer; the last one has its output.
 
     Operands that are neither nodes nor inputs are held constant: relevance does not go there.
+
+    Attributes:
+        axes: The axes that a softmax sums over.
+        sums: Of one that sums over segments, what it adds up and the nodes that give each element its segment's sum.
     """
 
     kind: Kind
@@ -25,6 +29,7 @@ class Tile:
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     axes: tuple[int, ...] = ()
+    sums: tuple[fx.Node, ...] = ()
 
 
 class Reached:

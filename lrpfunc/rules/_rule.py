@@ -142,7 +142,7 @@ def _answers(results: object, inputs: Sequence[Tensor]) -> bool:
     """Whether the results are one message for each input, of its shape."""
     if not isinstance(results, (tuple, list)) or len(results) != len(inputs):
         return False
-    return all(m is None or is_message(m) and m.value.shape == x.shape for m, x in zip(results, inputs, strict=True))
+    return all(m is None or (is_message(m) and m.value.shape == x.shape) for m, x in zip(results, inputs, strict=True))
 
 
 def _misshapen(rule: Rule, layer: BoundLayer, results: object) -> RuleError:

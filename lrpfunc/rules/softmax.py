@@ -62,12 +62,12 @@ class TaylorSoftmax(Rule):
         m, x, s = message.value, carried(layer.input), layer.output
         if self.bias == "omit":
             v = divide(m, as_stabilizer(self.stabilizer)(self._centred(layer)))
-            return (Multiplier(s * (v - self._sum(layer, s * v))),)
+            return (Multiplier(s * (v - layer.summed(s * v))),)
         (linear,) = layer.vjp(m)
         if self.bias == "absorb":
             return (Multiplier(linear),)
         finite = ~layer.input.isinf()
-        share = self._sum(layer, self._of_bias(layer, m)) / self._sum(layer, finite.to(x.dtype))
+        share = layer.summed(self._of_bias(layer, m)) / layer.summed(finite.to(x.dtype))
         return (Relevance(x * linear + torch.where(finite, share, 0)),)
 
     def absorbed(self, layer: BoundLayer, message: Message) -> dict[str, Tensor]:
@@ -89,11 +89,7 @@ class TaylorSoftmax(Rule):
 
     def _centred(self, layer: BoundLayer) -> Tensor:
         x = carried(layer.input)
-        return x - self._sum(layer, layer.output * x)
-
-    @staticmethod
-    def _sum(layer: BoundLayer, tensor: Tensor) -> Tensor:
-        return tensor.sum(list(layer.layer.axes), keepdim=True)
+        return x - layer.summed(layer.output * x)
 
     def objection(self, layer: Layer) -> str | None:
         if layer.kind is not Kind.SOFTMAX:

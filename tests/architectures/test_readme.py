@@ -25,7 +25,7 @@ def namespace() -> dict[str, Any]:
 
 
 def test_the_rule_closes_the_balance(namespace: dict[str, Any]) -> None:
-    rules = [(lrp.Convolution | lrp.Dense, namespace["Magnitude"](0.1))] + lrp.attn_lrp()
+    rules = [(lrp.Convolution | lrp.Dense, namespace["Magnitude"](0.1)), *lrp.attn_lrp()]
     net = testing.Net((testing.Linear(3), testing.Pointwise("relu"), testing.Linear(2)), (2, 4))
     testing.assert_conservation(*net.case(), rules, target=0)
 
