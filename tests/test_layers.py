@@ -421,3 +421,26 @@ def test_names_are_told_apart() -> None:
     f = lambda p, x: torch.relu(torch.relu(x @ p["w"]) @ p["w"])  # noqa: E731
     _, layers = lrp.attribute(f, lrp.epsilon(), layers="*")({"w": normal(3, 3)}, normal(2, 3))
     assert list(layers) == ["w", "relu", "w@1", "relu@1"]
+
+
+def test_explain_names_what_is_read_through_detach() -> None:
+    def model_fn(w: Tensor, x: Tensor) -> Tensor:
+        h = x @ w
+        gate, mean = h.sigmoid().detach(), h.mean(-1, keepdim=True).detach()
+        with torch.no_grad():
+            largest = 2 * h.amax(-1, keepdim=True)
+        return (h - mean + largest) * gate
+
+    explanation = lrp.explain(model_fn, lrp.attn_lrp())(normal(4, 3), normal(2, 4), target=0)
+    taken = {row.layer.name: row.absorbed.get("constants", 0.0) for row in explanation.rows}
+    assert (
+        "constants that are computed from the input, behind detach or no_grad:\n"
+        "    mul: sigmoid 2x3, a factor\n"
+        f"    add: mul 2x1, which takes {taken['add']:.5g}\n"
+        f"    sub: mean 2x1, which takes {taken['sub']:.5g}\n"
+    ) in str(explanation)
+    # Not what carries nothing, and not the model's own constants.
+    shifted = lambda w, x: (lambda h: torch.exp(h - h.amax(-1, keepdim=True).detach()))(x @ w)  # noqa: E731
+    softmax = lambda w, x: (lambda e: e / e.sum(-1, keepdim=True))(shifted(w, x)) + w.detach().sum()  # noqa: E731
+    assert "behind detach" not in str(lrp.explain(softmax, lrp.attn_lrp())(normal(4, 3), normal(2, 4), target=0))
+    assert "amax" in str(lrp.explain(shifted, lrp.attn_lrp())(normal(4, 3), normal(2, 4), target=0))

@@ -19,7 +19,7 @@ from lrpfunc._api.transform import Rules, attribute
 from lrpfunc._capture.capture import capture
 from lrpfunc._errors import CaptureError
 from lrpfunc._layers.bound import BoundLayer
-from lrpfunc._layers.layer import STRUCTURAL, Layer
+from lrpfunc._layers.layer import STRUCTURAL, Kind, Layer
 from lrpfunc._ops.call import operation_name
 from lrpfunc._torch import is_wrapped
 from lrpfunc._walk.assign import assign
@@ -107,6 +107,7 @@ class Explanation:
         table.insert(1, "  ".join("-" * width for width in widths))
         if self.tensors:
             table += ["", *(f"{name} = {_described(tensor)}" for name, tensor in self.tensors.items())]
+        table += _held_constant(self.rows)
         total = f"{self.start:.6g} at the output = {self.relevance_in:.6g} at the input"
         for cause, amount in self.absorbed.items():
             if abs(amount) > 1e-12 * max(1.0, abs(self.start)):
@@ -137,6 +138,20 @@ def _line(row: Row, names: dict[int, str]) -> tuple[str, ...]:
         f"{row.relevance_in:.5g}",
         absorbed,
     )
+
+
+def _held_constant(rows: Sequence[Row]) -> list[str]:
+    """What the model computes from its input and reads through `detach`, where that carries weight."""
+    lines: list[str] = []
+    for row in rows:
+        taken = sum(amount for cause, amount in row.absorbed.items() if cause in ("bias", "constants"))
+        is_factor = row.layer.kind not in (Kind.LINEAR, Kind.SUM)
+        for node in row.layer.detached:
+            if is_factor or abs(taken) > 1e-12 * row.absolute:
+                source = node.args[0] if operation_name(node) == "detach" else node
+                what = f"{operation_name(source)} {_shape(tuple(node.meta['val'].shape))}"  # type: ignore[arg-type]
+                lines.append(f"    {row.layer.name}: {what}, {'a factor' if is_factor else f'which takes {taken:.5g}'}")
+    return ["", "constants that are computed from the input, behind detach or no_grad:", *lines] if lines else []
 
 
 def _follower(node: fx.Node) -> str:

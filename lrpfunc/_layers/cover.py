@@ -33,6 +33,18 @@ def _reached(program: Program, seeds: Iterable[fx.Node]) -> set[fx.Node]:
     return reached
 
 
+def _detached(program: Program, active: set[fx.Node]) -> set[fx.Node]:
+    """What depends on the data through `detach` or `no_grad` alone."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node in active or not is_float(node):
+            continue
+        stops = node.meta["no_grad"] or of(node).name == "detach"
+        if any(n in found or (stops and n in active) for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 class Cover:
     """Covers the nodes between the explained input and the output with layers.
 
@@ -55,6 +67,7 @@ class Cover:
         self._tiles: dict[fx.Node, Tile | None] = {}
         self._roles = Roles(self._reached, self._tile, self._is_affine)
         self._nonnegative = nonnegative(program)
+        self._detached = _detached(program, self.active)
         self.needed: set[fx.Node] = {node for node in program.outputs if node in self.active | self.tapped}
 
     def layers(self) -> list[Layer]:
@@ -84,7 +97,7 @@ class Cover:
         """The nodes of the layer that ends at `node`, its inputs, and the explained parameters that it uses."""
         found, tile = self._affines.get(node), self._tile(node)
         nodes = found.nodes if found is not None else tile.nodes if tile is not None else (node,)
-        operands = tuple(dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in nodes and is_float(o)))
+        operands = tuple(filter(is_float, _read(nodes)))
         if node in self.tapped:
             return nodes, tuple(o for o in operands if o in self.tapped), ()
         inputs = tile.inputs if tile is not None else tuple(o for o in operands if o in self.active)
@@ -147,6 +160,7 @@ class Cover:
             shares=nature.shares,
             axes=nature.axes,
             sums=() if tile is None else tile.sums,
+            detached=() if tile is not None else tuple(o for o in _read(nodes) if o in self._detached),
             keeps_zero=nature.kind is Kind.ACTIVATION and len(inputs) == 1 and keeps_zero(nodes, inputs[0]),
             is_tap=node in self.tapped,
         )
@@ -166,6 +180,11 @@ class Cover:
         added = [n for n, share in zip(inputs, nature.shares, strict=True) if share == 1]
         role, signals = self._roles.of(node, [n for n in inputs if n not in added])
         return role, (*signals, *added) if signals else ()
+
+
+def _read(nodes: tuple[fx.Node, ...]) -> dict[fx.Node, None]:
+    """What some nodes read, other than one another."""
+    return dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in nodes)
 
 
 def _numbered(name: str, counts: Counter[str]) -> str:

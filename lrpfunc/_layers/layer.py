@@ -49,6 +49,7 @@ class Layer:
         shares: What each input of a product, quotient, statistic or attention counts for when all operands share.
         axes: The axes that a softmax sums over.
         sums: Of a softmax over segments, what it adds up and the nodes that give each element its segment's sum.
+        detached: Operands that depend on the input through `detach` alone: constants, though their values are not.
         keeps_zero: Whether an activation is 0 at 0, and has a derivative there.
     """
 
@@ -70,6 +71,7 @@ class Layer:
     shares: tuple[float, ...] = ()
     axes: tuple[int, ...] = ()
     sums: tuple[fx.Node, ...] = ()
+    detached: tuple[fx.Node, ...] = ()
     keeps_zero: bool = False
     is_tap: bool = False
 
