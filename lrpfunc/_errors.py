@@ -49,6 +49,23 @@ class CaptureWarning(UserWarning):
     """
 
 
+class RelevanceWarning(UserWarning):
+    """Relevance explodes on its way to the input, or is nearly all lost: by more than a factor of 1000 in magnitude.
+
+    It names the layer and the rule where most of that happens, once. It is told by the numbers of the first walk of
+    each recording, unless that is inside a transform or `torch.compile`.
+
+    Example:
+        >>> import warnings, torch, lrpfunc as lrp
+        >>> relevance_fn = lrp.attribute(lambda w, x: x @ w, lrp.epsilon(0.0))
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     _ = relevance_fn(torch.tensor([[1.0], [-0.9999]]), torch.ones(1, 2), target=0)
+        >>> str(caught[0].message).partition(":")[0]
+        'relevance explodes'
+    """
+
+
 def opaque(name: str | None = None) -> RuleError:
     """The error for a rule whose derivatives are hidden."""
     return RuleError(

@@ -57,6 +57,9 @@ disable_current_modes: Any = torch.utils._python_dispatch._disable_current_modes
 # What a recorded graph calls where the gradient mode changes. `torch.set_grad_enabled` is a class around it.
 set_grad_enabled: Any = torch._C._set_grad_enabled
 
+# How many modes see each operation, of a trace or a counter. `torch.utils` exports the modes, and not how many run.
+dispatch_modes: Any = torch._C._len_torch_dispatch_stack
+
 # The levels of `vmap`, `grad` and `jvp` around a tensor. `torch.func` exports transforms, and no way to ask for them.
 functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -144,6 +147,13 @@ def version_of(tensor: Tensor) -> int | None:
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a torch.func transform that is running has wrapped the tensor."""
     return functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def has_numbers(tensors: Iterable[Any]) -> bool:
+    """Whether Python can read what is in the tensors: nothing transforms, traces or compiles."""
+    if torch.compiler.is_compiling() or dispatch_modes():
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) and not is_wrapped(t) for t in tensors if isinstance(t, Tensor))
 
 
 def is_differentiated(tensor: Any) -> bool:

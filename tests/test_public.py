@@ -77,16 +77,10 @@ def test_every_argument_of_a_composite_matters(recipe: str) -> None:
     make = getattr(lrp, recipe)
     other = {"stabilizer": 0.5, "zero_params": "weight", "beta_smooth": 2.0, "low": -2.0, "high": 2.0}
     given = {name: other.get(name, 0.5) for name in inspect.signature(make).parameters}
-    net = nn.Sequential(
-        nn.Conv2d(1, 3, 3),
-        nn.ReLU(),
-        nn.Conv2d(3, 3, 3),
-        nn.BatchNorm2d(3),
-        nn.ReLU(),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(3, 2),
-    ).double()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        convolutions = [nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU()]
+        net = nn.Sequential(*convolutions, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3, 2)).double()
     model_fn, params = lrp.from_module(net.eval())
     x = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)).double()
     bounds = {"low": -3.0, "high": 3.0} if "low" in given else {}

@@ -22,6 +22,7 @@ from lrpfunc._lower.bound import Bound
 from lrpfunc._lower.lower import lower
 from lrpfunc._torch import is_wrapped
 from lrpfunc._walk.assign import assign
+from lrpfunc._walk.balance import watched
 from lrpfunc._walk.forward import Forward, op_by_op
 from lrpfunc.composites import Composite
 from lrpfunc.rules._equality import Description
@@ -96,12 +97,13 @@ class Attribution(Description, Generic[R]):
         graph = recognise(program, explained, options.globs)
         rules = assign(graph, self.rules)
         if not options.lowered:
-            return op_by_op(graph, rules, tensors)
+            return watched(op_by_op(graph, rules, tensors), graph, rules, tensors, self.model_fn)
         # A function may make relevance to differentiate of what is not; the forward pass cannot then be run again.
         exact = program.is_random and form is Relevance
-        return lower(
+        forward = lower(
             graph, rules, tensors, form, given, bound=bound, segments=options.segments, reuse=reuse, exact=exact
         )
+        return watched(forward, graph, rules, tensors, self.model_fn)
 
     def run(
         self,

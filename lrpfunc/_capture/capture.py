@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-import types
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,16 +11,15 @@ from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.functional import functional
-from lrpfunc._capture.identity import describe_tensor, identity
+from lrpfunc._capture.identity import describe_tensor
 from lrpfunc._capture.isolation import alone, isolated, surroundings
-from lrpfunc._capture.module import ModelFunction
 from lrpfunc._capture.program import Program
 from lrpfunc._capture.trace import trace
+from lrpfunc._capture.warned import subject_of, times, warn
 from lrpfunc._errors import CaptureWarning
 
 _SIZE = 128
 _programs: Cache[Program] = Cache(_SIZE)
-_noticed: Cache[int] = Cache(1024)
 
 
 def capture(
@@ -90,13 +85,10 @@ def _warn(model_fn: Callable[..., Any], unknown: Sequence[str], changed: str | N
     if not unknown and changed is None:
         return
     name = unknown[0] if unknown else changed
-    subject = _subject(model_fn)
-    key = (identity(subject), name)
-    times = (_noticed.get(key) or 0) + 1
-    _noticed.put(key, times)
     # What changes once, such as a flag that is set at the first call, does no harm.
-    if times != (1 if unknown else 2):
+    if times(model_fn, name) != (1 if unknown else 2):
         return
+    subject = subject_of(model_fn)
     what = getattr(subject, "co_qualname", type(subject).__name__)
     text = f"the model function ({what}) is recorded anew at every call, which takes far longer than the call itself: "
     if unknown:
@@ -111,30 +103,7 @@ def _warn(model_fn: Callable[..., Any], unknown: Sequence[str], changed: str | N
             "function, or return the new value beside the output, for example\n\n"
             "    return output, calls + 1  # lrpfunc.attribute(model_fn, rules, has_aux=True)"
         )
-    warnings.warn(text, CaptureWarning, stacklevel=_callers_level())
-
-
-def _subject(model_fn: Any) -> Any:
-    """What stays the same of a function that may be made anew for each call."""
-    while isinstance(model_fn, functools.partial):
-        model_fn = model_fn.func
-    match model_fn:
-        case ModelFunction():
-            return model_fn.module
-        case types.MethodType():
-            return model_fn.__self__
-        case types.FunctionType():
-            return model_fn.__code__
-    return model_fn
-
-
-def _callers_level() -> int:
-    """How many frames up, for `warnings.warn`, the code stands that called lrpfunc."""
-    package, level = __name__.partition(".")[0], 1
-    frame = sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        frame, level = frame.f_back, level + 1
-    return level
+    warn(text, CaptureWarning)
 
 
 def _name_inputs(program: Program, args: tuple[Any, ...]) -> None:

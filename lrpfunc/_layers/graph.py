@@ -34,6 +34,7 @@ class Graph:
         selected: Where it does.
         assigned: Which rule serves which layer, for each composite.
         programs: The forward pass and the walk as flat programs, for each assignment.
+        balanced: Of which assignments somebody has seen whether relevance explodes, or is lost.
     """
 
     program: Program
@@ -46,6 +47,7 @@ class Graph:
     selected: Sequence[Entry] = ()
     assigned: Cache[Any] = field(default_factory=lambda: Cache(16))
     programs: Cache[Any] = field(default_factory=lambda: Cache(16))
+    balanced: Cache[bool] = field(default_factory=lambda: Cache(16))
 
     @cached_property
     def requested(self) -> tuple[fx.Node, ...]:
