@@ -1,4 +1,4 @@
-"""The lists the matrix of tests runs over. A rule or composite missing here fails `test_coverage`."""
+"""The lists the matrix of tests runs over. A rule or composite missing here fails `tests/test_public.py`."""
 
 from __future__ import annotations
 

@@ -141,3 +141,31 @@ def test_what_conversion_loses_is_booked_for_all_outputs() -> None:
     explanation = lrp.explain(f, [(lrp.operation("linalg_eigh"), lrp.Gradient())])(None, x, target=lambda _: start)
     assert explanation.absorbed["conversion"] == pytest.approx(2)
     assert abs(explanation.residual) < 1e-12
+
+
+def test_statistics_beside_what_they_normalize() -> None:
+    """The mean is linear in the input; the scale is held as it is inside of the normalization."""
+
+    def native(_: None, x: Tensor) -> Tensor:
+        y, mean, scale = torch.native_group_norm(x.reshape(2, 4, 1), None, None, 2, 4, 1, 2, 1e-5)
+        return y.square().sum((1, 2)) + 3 * mean.sum(-1) + scale.sum(-1)
+
+    def written(_: None, x: Tensor) -> Tensor:
+        y = torch.nn.functional.group_norm(x.reshape(2, 4, 1), 2)
+        scale = (x.reshape(2, 2, 2).var(-1, unbiased=False) + 1e-5).rsqrt()
+        return y.square().sum((1, 2)) + 3 * x.reshape(2, 2, 2).mean(-1).sum(-1) + scale.detach().sum(-1)
+
+    def fused(_: None, x: Tensor) -> Tensor:
+        y, scale = torch.ops.aten._fused_rms_norm(x, (4,), None, 1e-5)
+        return y.square().sum(-1) + scale.sum(-1)
+
+    def rms(_: None, x: Tensor) -> Tensor:
+        scale = (x.square().mean(-1) + 1e-5).rsqrt()
+        return torch.nn.functional.rms_norm(x, (4,), eps=1e-5).square().sum(-1) + scale.detach()
+
+    x = normal(2, 4)
+    for one, other in ((native, written), (fused, rms)):
+        assert largest_difference(one(None, x), other(None, x)) < 1e-12
+        relevance = [lrp.attribute(f, lrp.attn_lrp())(None, x) for f in (one, other)]
+        assert largest_difference(*relevance) < 1e-12
+        assert abs(lrp.explain(one, lrp.attn_lrp())(None, x).residual) < 1e-12

@@ -50,14 +50,19 @@ def native_layer_norm(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def rms_norm(
     x: Tensor, values: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
+    return _scaled(_wide(x) * _rms_scale(values, shape, eps), weight, None).to(values.dtype)
+
+
+def _rms_scale(values: Tensor, shape: Sequence[int], eps: float | None) -> Tensor:
     wide = _wide(values)
     eps = torch.finfo(wide.dtype).eps if eps is None else eps
-    square = wide.square().mean(list(range(-len(shape), 0)), keepdim=True)
-    return _scaled(_wide(x) * (square + eps).rsqrt(), weight, None).to(values.dtype)
+    return (wide.square().mean(list(range(-len(shape), 0)), keepdim=True) + eps).rsqrt()
 
 
-def fused_rms_norm(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return (rms_norm(x, *args),)
+def fused_rms_norm(
+    x: Tensor, values: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> tuple[Tensor, ...]:
+    return rms_norm(x, values, shape, weight, eps), _rms_scale(values, shape, eps)
 
 
 def group_norm(
@@ -77,7 +82,10 @@ def group_norm(
 def native_group_norm(
     x: Tensor, values: Tensor, weight: Any, bias: Any, n: int, channels: int, size: int, groups: int, eps: float
 ) -> tuple[Tensor, ...]:
-    return (group_norm(x, values, groups, weight, bias, eps),)
+    rows = (n, groups, -1)
+    mean = _wide(x).reshape(rows).mean(-1)  # linear, as an output of its own
+    scale = (_wide(values).reshape(rows).var(-1, unbiased=False) + eps).rsqrt()
+    return group_norm(x, values, groups, weight, bias, eps), mean, scale
 
 
 def instance_norm(
