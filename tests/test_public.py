@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lrpfunc as lrp
 from lrpfunc import testing
-from tests.cases import COMPOSITES
+from tests.cases import ATTENTION_RULES, COMPOSITES, ELEMENTWISE_RULES, LINEAR_RULES, SUM_RULES
 
 PUBLIC = lrp.__all__
 ERRORS = [name for name in PUBLIC if name.endswith(("Error", "Warning"))]
@@ -69,6 +69,12 @@ def test_every_composite_is_in_the_list() -> None:
     functions = [f for f in vars(lrp).values() if inspect.isfunction(f)]
     recipes = {f.__name__ for f in functions if f.__annotations__.get("return") == "Composite"}
     assert recipes == set(COMPOSITES)
+
+
+def test_every_rule_is_in_a_list() -> None:
+    rules = {v for v in vars(lrp).values() if inspect.isclass(v) and issubclass(v, lrp.Rule) and v is not lrp.Rule}
+    listed = {**LINEAR_RULES, **ELEMENTWISE_RULES, **SUM_RULES, **ATTENTION_RULES}
+    assert rules <= set(map(type, listed.values()))
 
 
 @pytest.mark.parametrize("recipe", COMPOSITES)
