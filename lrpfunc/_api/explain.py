@@ -23,7 +23,7 @@ from lrpfunc._layers.layer import STRUCTURAL, Kind, Layer
 from lrpfunc._ops.call import operation_name
 from lrpfunc._torch import is_wrapped
 from lrpfunc._walk.assign import assign
-from lrpfunc._walk.forward import relevance, walk
+from lrpfunc._walk.forward import on_numbers, relevance, walk
 from lrpfunc.rules._message import Message, Multiplier
 from lrpfunc.rules._rule import Rule
 
@@ -261,14 +261,13 @@ def _explanation(attribution: Attribution[Any], args: Any, target: Any, kwargs: 
 
     outputs = [values[node] for node in program.outputs]
     messages = start(target, program.output(outputs))
-    arrived = walk(graph, rules, values, messages, observe=observe)
+    arrived = walk(graph, rules, messages, on_numbers(values, observe=observe))
     if attribution.rules.cotangent:
         messages = [Multiplier(message.value) for message in messages]
     begun = sum(_number(m.relevance(output).sum()) for m, output in zip(messages, outputs, strict=True))
-    reached = sum(_number(arrived[n].relevance(values[n]).sum()) for n in graph.starts if n in arrived)
-    return Explanation(
-        tuple(rows), begun, graph.answer(relevance(graph, rules, values, arrived)), reached, _tensors(attribution)
-    )
+    reached = sum(_number(m.relevance(values[n]).sum()) for n in graph.starts for m in arrived.get(n, ()))
+    found = graph.answer([relevance(values[node], arrived.get(node, ()), rules) for node in graph.requested])
+    return Explanation(tuple(rows), begun, found, reached, _tensors(attribution))
 
 
 def _row(layer: BoundLayer, rule: Rule, messages: Sequence[Message | None], results: Sequence[Message | None]) -> Row:

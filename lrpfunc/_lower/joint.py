@@ -29,6 +29,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lrpfunc._capture.program import Program
+from lrpfunc._lower.retrace import Traced
 from lrpfunc._ops.call import call, operation_name
 from lrpfunc._ops.functions import copied
 from lrpfunc._ops.strided import free_of_layout
@@ -63,7 +64,7 @@ class Joint:
 
 
 def join(
-    program: Program, leaves: Sequence[tuple[fx.Node, int | None]], traced: fx.GraphModule, shared: Sequence[fx.Node]
+    program: Program, leaves: Sequence[tuple[fx.Node, int | None]], traced: Traced, shared: Sequence[fx.Node]
 ) -> Joint:
     """The forward pass followed by the trace.
 
@@ -96,10 +97,9 @@ def join(
         forward[node] if place is None else graph.call_function(operator.getitem, (forward[node], place))
         for node, place in leaves
     ]
+    joint.constants = dict(traced.constants)
     copies = dict(zip(placeholders, [*given, *joint.start, *tensors], strict=True))
     for node in traced.graph.nodes:
-        if node.op == "get_attr":
-            joint.constants[node.target] = getattr(traced, node.target)
         if node.op in ("call_function", "get_attr"):
             copies[node] = graph.node_copy(node, copies.__getitem__)
         if node.op == "call_function":

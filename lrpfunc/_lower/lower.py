@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,12 +18,13 @@ from lrpfunc._lower.bound import Bound
 from lrpfunc._lower.cut import Programs, cut, recompute
 from lrpfunc._lower.joint import Joint, join
 from lrpfunc._lower.passes import simplify
-from lrpfunc._lower.retrace import retrace
+from lrpfunc._lower.pieces import Elsewhere, pieced, repeats
+from lrpfunc._lower.retrace import Traced, retrace
 from lrpfunc._ops.call import of
 from lrpfunc._ops.functions import scaled_dot_product_attention
 from lrpfunc._torch import constant, is_differentiated, mapped_over, vjp
 from lrpfunc._walk.assign import Assignment
-from lrpfunc._walk.forward import Forward, relevance, walk
+from lrpfunc._walk.forward import Forward, on_numbers, relevance, walk
 from lrpfunc.rules._message import Message
 
 
@@ -103,25 +105,35 @@ def _may_write(saved: Sequence[Any], start: Sequence[Tensor]) -> bool:
 
 
 def _joint(graph: Graph, rules: Assignment, form: type[Message], exact: bool) -> tuple[Joint, bool]:
-    program = graph.program
-    nodes = program.nodes
+    shared = [layer for layer in graph.layers if _can_share(layer, exact)]
+    traced = None
+    if repeats(graph):
+        with contextlib.suppress(Elsewhere):
+            traced = pieced(graph, rules, form, _evaluated, shared, exact)
+    if traced is None:
+        traced = _whole(graph, rules, form, shared, exact)
+    joint = join(graph.program, list(_leaves(graph.program.nodes)), traced, [layer.output for layer in shared])
+    simplify(joint, exact)
+    return joint, traced.stable
+
+
+def _whole(graph: Graph, rules: Assignment, form: type[Message], shared: Sequence[Layer], exact: bool) -> Traced:
+    """The walk as operations, traced in one go: relevance, and then how it would compute the `shared` layers."""
+    nodes = graph.program.nodes
     values, spec = tree.flatten([node.meta["val"] for node in nodes])
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
-    shared = [layer for layer in graph.layers if _can_share(layer, exact)]
 
     def traced(tensors: list[Tensor], start: list[Tensor]) -> list[Tensor]:
         given = dict(zip(places, tensors, strict=True))
         filled = tree.unflatten([given.get(i, value) for i, value in enumerate(values)], spec)
         known = dict(zip(nodes, filled, strict=True))
         messages = [form(m) for m in start]  # type: ignore[call-arg]
-        arrived = walk(graph, rules, known, messages, exact=exact)
-        return [*relevance(graph, rules, known, arrived), *(_evaluated(layer, known, exact) for layer in shared)]
+        arrived = walk(graph, rules, messages, on_numbers(known, exact=exact))
+        results = [relevance(known[node], arrived.get(node, ()), rules) for node in graph.requested]
+        return [*results, *(_evaluated(BoundLayer(layer, known, exact)) for layer in shared)]
 
-    starts = [node.meta["val"] for node in program.outputs]
-    module, stable = retrace(traced, [values[place] for place in places], starts, rules.composite)
-    joint = join(program, list(_leaves(nodes)), module, [layer.output for layer in shared])
-    simplify(joint, exact)
-    return joint, stable
+    starts = [node.meta["val"] for node in graph.program.outputs]
+    return retrace(traced, [values[place] for place in places], starts, rules.composite)
 
 
 def _leaves(nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, int | None]]:
@@ -146,7 +158,6 @@ def _can_share(layer: Layer, exact: bool) -> bool:
     return of(node).in_walk is None
 
 
-def _evaluated(layer: Layer, values: Any, exact: bool) -> Tensor:
-    bound = BoundLayer(layer, values, exact)
-    output, _ = vjp(bound.function(layer.inputs), *bound.inputs)
+def _evaluated(layer: BoundLayer) -> Tensor:
+    output, _ = vjp(layer.function(layer.layer.inputs), *layer.inputs)
     return output if isinstance(output, Tensor) else output[0]

@@ -19,7 +19,8 @@ A VJP runs its function, whose values the forward pass has already. That is left
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,19 +35,31 @@ from lrpfunc._errors import RuleError, opaque
 from lrpfunc._torch import fake_mode, make_fx, schema
 
 
+@dataclass(frozen=True)
+class Traced:
+    """What a walk comes to.
+
+    Attributes:
+        graph: Its operations.
+        constants: The tensors that the graph reads by name.
+        stable: Whether it may be used again: not if a number inside a tensor became part of it.
+    """
+
+    graph: fx.Graph
+    constants: Mapping[str, Tensor]
+    stable: bool
+
+
 def retrace(
     walk: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
     tensors: Sequence[Tensor],
     start: Sequence[Tensor],
     rules: Any,
-) -> tuple[fx.GraphModule, bool]:
+) -> Traced:
     """A function of tensors as plain operations, which have all the derivatives that it has.
 
     It may use torch.func and read the tensors in `rules`, which are the last inputs of the result. Operations are
     recorded after dispatch: a trace before it does not see the levels of transforms.
-
-    Returns:
-        The operations, and whether they may be used again: not if a number inside a tensor became part of them.
     """
     watches: list[Watch] = []
     environment = Environment(rules, transformed=True, remember=True)
@@ -93,7 +106,8 @@ def retrace(
             "function that is transformed must leave its arguments alone: for `weight.clamp_(min=0)`, write "
             "`weight = weight.clamp(min=0)`"
         )
-    return module, not watches[-1].reads
+    constants = {n.target: getattr(module, n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    return Traced(module.graph, constants, stable=not watches[-1].reads)
 
 
 def _writes(node: fx.Node) -> bool:

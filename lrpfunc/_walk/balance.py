@@ -17,7 +17,7 @@ from lrpfunc._layers.graph import Graph
 from lrpfunc._layers.layer import Layer
 from lrpfunc._torch import has_numbers
 from lrpfunc._walk.assign import Assignment
-from lrpfunc._walk.forward import Forward, walk
+from lrpfunc._walk.forward import Forward, on_numbers, walk
 from lrpfunc.rules._message import Message
 from lrpfunc.rules._rule import Rule
 
@@ -77,7 +77,7 @@ def _culprit(
         steps.append(_Step(layer.layer, rule, _magnitude(came), _magnitude(went)))
 
     values = graph.program.run([tensor.detach() for tensor in tensors])
-    walk(graph, rules, values, start, observe=observe)
+    walk(graph, rules, start, on_numbers(values, observe=observe))
     if explodes:
         least = max(step.came for step in steps) / LIMIT
         return max(steps, key=lambda step: step.went / max(step.came, least) if step.came else 0.0)

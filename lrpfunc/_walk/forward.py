@@ -8,10 +8,13 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.graph import Graph
+from lrpfunc._layers.layer import Layer
 from lrpfunc._walk.assign import Assignment
-from lrpfunc._walk.propagate import Observer, propagate
-from lrpfunc.rules._message import Message, Multiplier
+from lrpfunc._walk.propagate import Observer, Step, propagate, take
+from lrpfunc.rules._message import Message, Multiplier, add
+from lrpfunc.rules._rule import Rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,38 +40,37 @@ def op_by_op(graph: Graph, rules: Assignment, tensors: Sequence[Tensor]) -> Forw
     values = program.run(tensors)
 
     def pull(start: Sequence[Message]) -> Any:
-        return graph.answer(relevance(graph, rules, values, walk(graph, rules, values, start)))
+        arrived = walk(graph, rules, start, on_numbers(values))
+        return graph.answer([relevance(values[node], arrived.get(node, ()), rules) for node in graph.requested])
 
     output = program.output([values[node] for node in program.outputs])
     aux = program.aux_output([values[node] for node in program.aux])
     return Forward(output, aux, pull, program.is_random)
 
 
-def walk(
-    graph: Graph,
-    rules: Assignment,
-    values: Mapping[fx.Node, Any],
-    start: Sequence[Message],
-    *,
-    exact: bool = True,
-    observe: Observer | None = None,
-) -> dict[fx.Node, Message]:
-    """The message at every node, from those at the tensors of the output."""
+def walk(graph: Graph, rules: Assignment, start: Sequence[Message], step: Step) -> dict[fx.Node, list[Message]]:
+    """The messages that came by each node, from those at the tensors of the output."""
     if rules.composite.cotangent:
         start = [Multiplier(message.value) for message in start]
-    return propagate(graph, rules.rules, values, zip(graph.program.outputs, start, strict=True), exact, observe)
+    return propagate(graph, rules.rules, zip(graph.program.outputs, start, strict=True), step)
 
 
-def relevance(
-    graph: Graph, rules: Assignment, values: Mapping[fx.Node, Any], arrived: Mapping[fx.Node, Message]
-) -> list[Tensor]:
-    """The relevance of the nodes that are asked for; in a cotangent composite, the cotangent there."""
-    results = []
-    for node in graph.requested:
-        value, message = values[node], arrived.get(node)
-        if message is None:
-            results.append(value.new_zeros(value.shape))
-        else:
-            form = message.multiplier if rules.composite.cotangent else message.relevance
-            results.append(form(value).to(value.dtype))
-    return results
+def on_numbers(values: Mapping[fx.Node, Any], *, exact: bool = True, observe: Observer | None = None) -> Step:
+    """Takes each step on the values of one forward pass."""
+
+    def step(
+        layer: Layer, rule: Rule, incoming: Sequence[Sequence[Message]], rectified: fx.Node | None
+    ) -> Sequence[Message | None]:
+        bound = BoundLayer(layer, values, exact, None if rectified is None else values[rectified])
+        return take(bound, rule, incoming, observe)
+
+    return step
+
+
+def relevance(value: Tensor, came: Sequence[Message], rules: Assignment) -> Tensor:
+    """The relevance of an activation, from the messages that came by; in a cotangent composite, the cotangent there."""
+    if not came:
+        return value.new_zeros(value.shape)
+    message = add(came, value)
+    form = message.multiplier if rules.composite.cotangent else message.relevance
+    return form(value).to(value.dtype)
