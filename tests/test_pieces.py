@@ -168,7 +168,8 @@ def test_a_deeper_net_takes_no_more_pieces(traces: list[Any]) -> None:
             params, x, target=1
         )
         assert largest_difference(relevance, expected) < 1e-10
-        assert len(layers) == blocks and layers.keys() == others.keys()
+        assert len(layers) == blocks
+        assert layers.keys() == others.keys()
         assert all(largest_difference(layers[name], others[name]) < 1e-10 for name in layers)
         counts.append(len(traces))
     assert 0 < counts[0] == counts[1]

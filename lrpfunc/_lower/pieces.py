@@ -17,8 +17,8 @@ reads and the message at its output:
     mm = aten.mm.default(div, t)
     return mm                                           # a multiplier
 
-The walk itself goes as it always does (`_walk.propagate`), but what it hands on from layer to layer are nodes of a graph
-in place of tensors, and a step copies the piece into that graph.
+The walk itself goes as it always does (`_walk.propagate`), but what it hands on from layer to layer are nodes of a
+graph in place of tensors, and a step copies the piece into that graph.
 """
 
 from __future__ import annotations
