@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, fx
 
 from lrpfunc._capture.default import default
@@ -66,6 +67,50 @@ def _and_mean(spread: Any) -> Expansion:
         return emit(overload, x, *args, **kwargs), mean
 
     return expansion
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Functions of several operands
+
+
+def _lerp(emit: Emit, start: fx.Node, end: fx.Node, weight: Any) -> tuple[fx.Node, ...]:
+    step = emit(aten.mul.Tensor, emit(aten.sub.Tensor, end, start), weight)
+    return (emit(aten.add.Tensor, start, step),)
+
+
+def _logaddexp(emit: Emit, x: fx.Node, y: fx.Node) -> tuple[fx.Node, ...]:
+    shape = list(torch.broadcast_shapes(x.meta["val"].shape, y.meta["val"].shape))
+    both = [emit(aten.expand.default, operand, shape) for operand in (x, y)]
+    return (emit(aten.logsumexp.default, emit(aten.stack.default, both, 0), [0]),)
+
+
+def _addbmm(emit: Emit, x: fx.Node, *factors: fx.Node, beta: float = 1, alpha: float = 1) -> tuple[fx.Node, ...]:
+    product = emit(aten.sum.dim_IntList, emit(aten.bmm.default, *factors), [0])
+    product = product if alpha == 1 else emit(aten.mul.Tensor, product, alpha)
+    if beta == 0:
+        return (product,)
+    return (emit(aten.add.Tensor, product, x, alpha=beta),)
+
+
+def _cdist(emit: Emit, x: fx.Node, y: fx.Node, p: float = 2.0, *_: Any) -> tuple[fx.Node, ...]:
+    difference = emit(aten.sub.Tensor, emit(aten.unsqueeze.default, x, -2), emit(aten.unsqueeze.default, y, -3))
+    return (emit(aten.linalg_vector_norm.default, difference, p, [-1]),)
+
+
+def _pdist(emit: Emit, x: fx.Node, p: float = 2.0) -> tuple[fx.Node, ...]:
+    n = x.meta["val"].shape[0]
+    pairs = emit(aten.triu_indices.default, n, n, 1, device=x.meta["val"].device)
+    first, second = (emit(aten.index_select.default, x, 0, emit(aten.select.int, pairs, 0, k)) for k in (0, 1))
+    return (emit(aten.linalg_vector_norm.default, emit(aten.sub.Tensor, first, second), p, [-1]),)
+
+
+def _cumprod(emit: Emit, x: fx.Node, dim: int, dtype: Any = None) -> tuple[fx.Node, ...] | None:
+    """Products of more and more factors, each of which has its share."""
+    if dtype is not None or x.meta["val"].ndim == 0:
+        return None
+    sizes = range(1, x.meta["val"].shape[dim] + 1)
+    products = [emit(aten.prod.dim_int, emit(aten.slice.Tensor, x, dim, 0, size), dim) for size in sizes]
+    return (emit(aten.stack.default, products, dim),) if products else None
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -199,14 +244,28 @@ EXPANSIONS: dict[str, Expansion] = {
 }
 """By the name of the operation: the nodes of its outputs, or `None` where it cannot be written out."""
 
+WRITTEN: dict[str, Expansion] = {
+    "lerp": _lerp,
+    "logaddexp": _logaddexp,
+    "addbmm": _addbmm,
+    "cdist": _cdist,
+    "cumprod": _cumprod,
+    "_pdist_forward": _pdist,
+}
+"""The same for those that are written out only where relevance cannot pass them as they are."""
+
 
 def expand(state: State, node: fx.Node) -> None:
     """A fused operation, and beside it what it does, written out."""
     args, kwargs = state.operands(node)
     is_written = is_float(node) and not writes(node)
     outputs = EXPANSIONS[operation_name(node)](state.emit_new, *args, **kwargs) if is_written else None
-    if outputs is None:
-        return default(state, node)
+    default(state, node) if outputs is None else define_written(state, node, outputs)
+
+
+def define_written(state: State, node: fx.Node, outputs: Sequence[fx.Node]) -> None:
+    """Says that an operation is what it computes, and to relevance those outputs, which were written out."""
+    args, kwargs = state.operands(node)
     value = node.meta["val"]
     whole = state.emit(fused, (node.target, *args), kwargs, value)
     likes = (value,) if isinstance(value, Tensor) else value

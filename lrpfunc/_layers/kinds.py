@@ -38,17 +38,23 @@ def nature_of(node: fx.Node, inputs: tuple[fx.Node, ...]) -> Nature:
             return Nature(Kind.SELECT, linear=True)
         case Kind.WINNER if _against_itself(node, operator, inputs):
             return Nature(Kind.WINNER, linear=True)
-        case Kind.WINNER:  # `maximum(x, 0)` is no choice among inputs
-            return Nature(Kind.ACTIVATION)
+        case Kind.WINNER if operator.pointwise and shape(inputs[0]) == shape(node):
+            return Nature(Kind.ACTIVATION)  # `maximum(x, 0)` is no choice among inputs
+        case Kind.WINNER if set(places) <= {*operator.operands}:
+            return Nature(Kind.WINNER, linear=True)
         case Kind.SUM | Kind.AVERAGE | Kind.LINEAR | Kind.SCALE if set(places) <= {*operator.operands}:
             adds_constants = operator.kind is Kind.SUM and len(places) < len(operator.operands)
             return Nature(Kind.LINEAR if adds_constants else operator.kind, linear=True)
+        case Kind.PRODUCT if operator.operands == (0,) and (degree := degree_of(node)):
+            return Nature(Kind.PRODUCT, shares=(1 / degree,))
         case Kind.PRODUCT | Kind.DENSE | Kind.CONVOLUTION:
             return _product(node, operator, inputs, places)
         case Kind.QUOTIENT:
             return _quotient(node, inputs, places)
         case Kind.ACTIVATION if _is_pointwise(node, operator, inputs, places):
             return Nature(Kind.ACTIVATION)
+        case Kind.ACTIVATION if places == [*operator.operands] and isinstance(operator.degree, (int, float)):
+            return Nature(Kind.STATISTIC, shares=(1 / operator.degree,) * len(inputs))
         case Kind.SOFTMAX:
             return Nature(Kind.SOFTMAX, axes=axes_of(node))
         case Kind.STATISTIC if len(inputs) == 1 and (degree := degree_of(node)):

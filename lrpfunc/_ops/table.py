@@ -37,15 +37,16 @@ _RECORDS = {
     "view _unsafe_view reshape _reshape_alias view_copy flatten unflatten ravel": _select(reshapes=True),
     "squeeze squeeze_copy unsqueeze atleast_1d atleast_2d atleast_3d": _select(reshapes=True),
     "transpose permute permute_copy t numpy_T mT mH=adjoint matrix_H movedim moveaxis swapaxes swapdims": _select(),
-    "expand expand_copy broadcast_to repeat repeat_interleave tile meshgrid": _select(),
+    "expand expand_copy broadcast_to repeat repeat_interleave tile meshgrid broadcast_tensors": _select(),
     "contiguous clone alias to _to_copy cpu cuda lift_fresh lift_fresh_copy": _copy(),
-    "positive resolve_conj resolve_neg conj_physical": _copy(),
+    "positive resolve_conj resolve_neg conj_physical real": _copy(),
     "slice slice_copy select select_copy narrow narrow_copy diagonal": _select(),
     "split split_with_sizes chunk unbind tensor_split hsplit vsplit dsplit unsafe_split unsafe_chunk": _select(),
     "cat=concat=concatenate stack hstack vstack dstack column_stack": _select(),
     "gather index index_select take take_along_dim": _select(chooses=True),
     "masked_select embedding": _select(),
-    "flip fliplr flipud roll rot90 tril triu as_strided unfold im2col": _select(),
+    "flip fliplr flipud roll rot90 tril triu as_strided unfold unfold_copy im2col": _select(),
+    "diag_embed block_diag combinations": _select(),
     "pixel_shuffle pixel_unshuffle channel_shuffle": _select(),
     "reflection_pad1d reflection_pad2d reflection_pad3d": _select(),
     "replication_pad1d replication_pad2d replication_pad3d": _select(),
@@ -69,7 +70,8 @@ _RECORDS = {
     "max_pool2d max_pool2d_with_indices adaptive_max_pool2d fractional_max_pool2d": _winner(),
     "max_pool3d max_pool3d_with_indices adaptive_max_pool3d fractional_max_pool3d": _winner(),
     "amax amin max min median": _winner(reduces=True),
-    "topk sort msort kthvalue mode": _winner(),
+    "topk sort msort kthvalue mode cummax cummin": _winner(),
+    "nanmedian": _winner(reduces=True),
     "maximum=max.other": _larger(epsilon=True),
     "minimum=min.other fmax fmin": _larger(),
     # ----------------------------------------------------------------------------------------------------------
@@ -87,7 +89,9 @@ _RECORDS = {
     "upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d": _blend(),
     "upsample_bicubic2d _upsample_bicubic2d_aa": Operator(Kind.LINEAR, finite=_ALL),
     "diff": Operator(Kind.LINEAR, (0, 3, 4), finite=_ALL),
-    "scatter_add": _blend((0, 3)),
+    "scatter_add scatter_reduce:sum scatter_reduce:mean index_reduce:mean": _blend((0, 3)),
+    "scatter_reduce:amax scatter_reduce:amin index_reduce:amax index_reduce:amin": _winner((0, 3)),
+    "scatter_reduce:prod index_reduce:prod": Operator(),
     "index_add": _blend((0, 3), nonnegative=when.keeps_sign_if_scaled_so),
     "lerp addcdiv": Operator(Kind.LINEAR, (0, 1)),
     "grid_sampler grid_sampler_2d grid_sampler_3d": Operator(Kind.LINEAR),
@@ -154,15 +158,30 @@ _RECORDS = {
     "expm1=special_expm1 log1p=special_log1p erf=special_erf": _activation(zero=_ALL),
     "sin tan asin=arcsin atan=arctan sinh asinh=arcsinh atanh=arctanh": _activation(zero=_ALL),
     "cos acos=arccos cosh sinc erfc=special_erfc i0": _activation(),
+    "nextafter special_airy_ai special_spherical_bessel_j0": _activation(),
+    "special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1": _activation(),
+    "special_modified_bessel_i0 special_modified_bessel_i1": _activation(),
+    "special_modified_bessel_k0 special_modified_bessel_k1": _activation(),
+    "special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1": _activation(),
+    "special_chebyshev_polynomial_t special_shifted_chebyshev_polynomial_t": _activation(),
+    "special_chebyshev_polynomial_u special_shifted_chebyshev_polynomial_u": _activation(),
+    "special_chebyshev_polynomial_v special_shifted_chebyshev_polynomial_v": _activation(),
+    "special_chebyshev_polynomial_w special_shifted_chebyshev_polynomial_w": _activation(),
+    "special_hermite_polynomial_h special_hermite_polynomial_he": _activation(),
+    "special_laguerre_polynomial_l special_legendre_polynomial_p": _activation(),
     "acosh=arccosh erfinv lgamma digamma special_ndtr special_log_ndtr": _activation(),
-    "fmod remainder hypot atan2=arctan2 logaddexp logaddexp2 ldexp xlogy": _activation((0, 1)),
-    "copysign": _activation(),
-    "igamma igammac special_zeta polygamma": _activation((1,)),
+    "fmod remainder": _activation((0, 1), degree=1),
+    "hypot": _activation((0, 1), nonnegative=_ALWAYS, degree=1),
+    "atan2=arctan2 logaddexp logaddexp2": _activation((0, 1)),
+    "copysign": _activation((0, 1), degree=1),
+    "igamma igammac special_zeta polygamma": _activation((0, 1)),
     # ----------------------------------------------------------------------------------------------------------
     # Functions along axes
     "softmax=_softmax=_safe_softmax": Operator(Kind.SOFTMAX, gate=2, nonnegative=_ALWAYS, finite=_ALWAYS),
     "log_softmax=_log_softmax": Operator(Kind.SOFTMAX),
     "logsumexp": Operator(Kind.SOFTMAX, reduces=True),
+    "logcumsumexp": Operator(Kind.SOFTMAX),
+    "prod": Operator(Kind.PRODUCT, reduces=True, nonnegative=_ALL, degree=when.factors),
     "std": _norm(degree=1),
     "var": _norm(degree=2),
     "norm linalg_norm linalg_vector_norm": _norm(degree=when.order),
@@ -193,17 +212,6 @@ _RECORDS = {
     # ----------------------------------------------------------------------------------------------------------
     # Of which torch knows no derivative
     "detach_copy native_channel_shuffle silu_backward logit_backward": Operator(),
-    "nextafter special_airy_ai special_spherical_bessel_j0": Operator(),
-    "special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1": Operator(),
-    "special_modified_bessel_i0 special_modified_bessel_i1": Operator(),
-    "special_modified_bessel_k0 special_modified_bessel_k1": Operator(),
-    "special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1": Operator(),
-    "special_chebyshev_polynomial_t special_shifted_chebyshev_polynomial_t": Operator(),
-    "special_chebyshev_polynomial_u special_shifted_chebyshev_polynomial_u": Operator(),
-    "special_chebyshev_polynomial_v special_shifted_chebyshev_polynomial_v": Operator(),
-    "special_chebyshev_polynomial_w special_shifted_chebyshev_polynomial_w": Operator(),
-    "special_hermite_polynomial_h special_hermite_polynomial_he": Operator(),
-    "special_laguerre_polynomial_l special_legendre_polynomial_p": Operator(),
     # ----------------------------------------------------------------------------------------------------------
     # No layers of their own
     "fused": Operator(differentiable=False),  # relevance goes through what is written out beside it
@@ -235,7 +243,10 @@ def _by_name() -> dict[str, Operator]:
 
 
 TABLE = _by_name()
-"""The record of each operator, by its name in torch's schema, or with that of the overload: `"view.dtype"`."""
+"""The record of each operator, by its name in torch's schema.
+
+Or with the name of the overload, `"view.dtype"`, or with the argument that says what it does, `"scatter_reduce:amax"`.
+"""
 
 SHAPED_LIKE: dict[str, tuple[Any, Any]] = {
     "expand_as": (aten.expand.default, lambda like: list(like.shape)),
