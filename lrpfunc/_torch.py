@@ -254,7 +254,7 @@ def overload_name(target: Any) -> str:
 
 
 def decomposition(target: Any) -> Callable[..., Any] | None:
-    """What torch's own table expands an operation to, or the operation itself if it is made of others.
+    """What an operation expands to: itself, if it is made of others, or else what torch's own table has for it.
 
     Of the table, `torch.export` exports only the part that it applies by default. It imports torch's references of all
     operations, so that it is imported with the first one that is asked for.
@@ -263,9 +263,8 @@ def decomposition(target: Any) -> Callable[..., Any] | None:
 
     if not isinstance(target, OpOverload):
         return None
-    found = decomposition_table.get(target)
     is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
-    return target if found is None and is_composite else found
+    return target if is_composite else decomposition_table.get(target)
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -14,20 +14,20 @@ torch's own table of decompositions. For `cross(x, y)` that is
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
 from lrpfunc._capture.default import default
-from lrpfunc._capture.expand import WRITTEN, define_written
-from lrpfunc._capture.functional import HANDLERS
+from lrpfunc._capture.expand import WRITTEN, Written, broadcast, define_written
+from lrpfunc._capture.functional import HANDLERS, drop_dead
 from lrpfunc._capture.isolation import isolated
 from lrpfunc._capture.kernels import ATTENTION_KERNELS
 from lrpfunc._capture.program import Program
 from lrpfunc._capture.state import State
-from lrpfunc._ops.call import is_random, operation_name
+from lrpfunc._ops.call import is_random, of, operation_name
 from lrpfunc._torch import decomposition, make_fx, map_arg
 
 _HANDLERS = HANDLERS | ATTENTION_KERNELS
@@ -62,6 +62,7 @@ def _written_out(program: Program, chosen: Collection[fx.Node]) -> tuple[Program
 
     outputs, aux = [new[node] for node in program.outputs], [new[node] for node in program.aux]
     state.graph.output((*outputs, *aux))
+    drop_dead(state.graph)
     written = Program(
         graph=state.graph,
         inputs=[new[node] for node in program.inputs],
@@ -94,9 +95,13 @@ def _write_out(state: State, node: fx.Node) -> bool:
     state.scopes, state.no_grad = list(node.meta["scopes"]), node.meta["no_grad"]
     count = len(state.graph.nodes)
     args, kwargs = state.operands(node)
-    own = WRITTEN.get(operation_name(node))
-    outputs = _pieces(state, node) if own is None else own(state.emit_new, *args, **kwargs)
-    is_written = outputs is not None and _sizes([o.meta["val"] for o in outputs]) == _sizes(node.meta["val"])
+    if own := WRITTEN.get(operation_name(node)):
+        outputs = own(state.emit_new, *args, **kwargs)
+    elif _broadcasts(node):
+        outputs = broadcast(state.emit_new, node.target, *args, **kwargs)
+    else:
+        outputs = _pieces(state, node)
+    is_written = outputs is not None and _fits(outputs, node)
     if outputs is not None and is_written:
         define_written(state, node, outputs)
     for piece in list(state.graph.nodes)[: count - 1 : -1]:
@@ -107,11 +112,28 @@ def _write_out(state: State, node: fx.Node) -> bool:
     return is_written
 
 
-def _sizes(value: Any) -> list[tuple[Any, ...]]:
-    return [(leaf.shape, leaf.dtype) for leaf in tree.leaves(value)]
+def _broadcasts(node: fx.Node) -> bool:
+    """Whether a pointwise operation of one tensor and constants repeats the elements of the tensor."""
+    shape = node.meta["val"].shape if isinstance(node.meta["val"], Tensor) else None
+    operands = [a.meta["val"] for a in node.args if isinstance(a, fx.Node)]
+    return of(node).pointwise and shape is not None and any(operand.shape != shape for operand in operands)
 
 
-def _pieces(state: State, node: fx.Node) -> Sequence[fx.Node] | None:
+def _fits(outputs: Written, node: fx.Node) -> bool:
+    """Whether these are the outputs of the operation, as far as anybody uses them."""
+    value = node.meta["val"]
+    likes = (value,) if isinstance(value, Tensor) else value
+    used = {user.args[1] for user in node.users if user.target is operator.getitem and user.users}
+    if len(outputs) != len(likes) or any(output is None and index in used for index, output in enumerate(outputs)):
+        return False
+    return all(
+        isinstance(like, Tensor)
+        and (o is None or (like.shape, like.dtype) == (o.meta["val"].shape, o.meta["val"].dtype))
+        for o, like in zip(outputs, likes, strict=True)
+    )
+
+
+def _pieces(state: State, node: fx.Node) -> Written | None:
     """What torch itself expands an operation to; `None` if that is nothing, or cannot be recorded."""
     function = decomposition(node.target)
     if function is None:
@@ -136,4 +158,4 @@ def _pieces(state: State, node: fx.Node) -> Sequence[fx.Node] | None:
         state.define(placeholder, operand)
     for n in inner:
         _HANDLERS.get(operation_name(n), default)(state, n)
-    return [state.read(n) for n in graph.output_node().args[0]]  # type: ignore[union-attr]
+    return tuple(state.read(n) for n in graph.output_node().args[0])  # type: ignore[union-attr]

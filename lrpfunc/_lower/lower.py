@@ -107,7 +107,7 @@ def _joint(graph: Graph, rules: Assignment, form: type[Message], exact: bool) ->
     nodes = program.nodes
     values, spec = tree.flatten([node.meta["val"] for node in nodes])
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
-    shared = [layer for layer in graph.layers if _can_share(layer, exact)]
+    shared = [layer for layer in graph.layers if _can_share(layer, exact) and _goes_through(layer, rules)]
 
     def traced(tensors: list[Tensor], start: list[Tensor]) -> list[Tensor]:
         given = dict(zip(places, tensors, strict=True))
@@ -144,6 +144,11 @@ def _can_share(layer: Layer, exact: bool) -> bool:
     if node.target is scaled_dot_product_attention:
         return not exact
     return of(node).in_walk is None
+
+
+def _goes_through(layer: Layer, rules: Assignment) -> bool:
+    """Whether relevance does: what stops it may have no VJP."""
+    return layer in rules.rules and bool(rules.rules[layer].receivers(layer))
 
 
 def _evaluated(layer: Layer, values: Any, exact: bool) -> Tensor:

@@ -106,6 +106,15 @@ def factors(given: Arguments) -> float:
     return float(math.prod(shape) if dim is None else shape[dim] if shape else 1)
 
 
+def matrix_order(given: Arguments) -> float:
+    """How many factors each term of a determinant has."""
+    return float(given.operands[0].meta["val"].shape[-1])
+
+
+def matrix_power(given: Arguments) -> float | None:
+    return float(given.named("n")) or None
+
+
 def order(given: Arguments) -> float:
     """The degree of a norm: that of order 0 counts."""
     orders = (given.named("ord"), given.named("p"))
