@@ -35,7 +35,6 @@ from lrpfunc.composites import as_composite
 from lrpfunc.rules._message import Multiplier
 
 PAGE = Path(__file__).parents[1] / "docs" / "operators.md"
-SAMPLES = 3
 LARGEST = 1500
 _REFUSALS = (lrp.UncoveredLayerError, lrp.RuleError, lrp.CaptureError)
 ATTN_LRP = lrp.attn_lrp()
@@ -83,14 +82,13 @@ class Case:
 
         flat = torch.cat([self.leaves[place].reshape(-1) for place in self.active])
         self.x, weight = random(1, 2), 0.01 * random(len(flat), 2)
-        # Added up as a dense layer would, so that the operands are those of the sample to the bit wherever that is kept.
         self.params = {"weight": weight, "bias": flat - F.linear(self.x, weight)[0]}
         torch.manual_seed(0)
         self.params["head"] = random(2, len(self._results(flat)))
 
     @property
     def _results(self) -> Callable[[Tensor], Tensor]:
-        """The function as one from vectors to vectors. It closes over no more than it reads, which is looked through."""
+        """The function as one from vectors to vectors, which closes over no more than it reads."""
         # What is about symmetric or triangular matrices gets such, as for torch's own finite differences.
         op, fit = self.info.op, self.info.gradcheck_wrapper
         given, spec, active = self.leaves, self.spec, self.active
@@ -157,8 +155,7 @@ def cases(name: str) -> list[Case]:
                 found.append(Case(info, leaves, spec, chosen))
             except (_Elsewhere, AssertionError, RuntimeError, NotImplementedError):
                 continue
-    step = max(len(found) // SAMPLES, 1)
-    return found[:2] + found[2::step][-1:]
+    return found[:1] + found[1:][-1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,7 +177,8 @@ def examine(name: str) -> Outcome | None:
         try:
             kinds |= _explained(case)
         except _REFUSALS as error:
-            assert _names(error, case), f"the error does not say which function it is about: {error}"
+            if not _names(error, case):
+                raise AssertionError("the error does not say which function it is about") from error
             refused = refused or _reason(error)
     return Outcome(frozenset(kinds), refused) if cases(name) else None
 
@@ -258,22 +256,22 @@ def _check_gradient(walked: Walked, gradient: Tensor | None) -> None:
             torch.manual_seed(0)
             found.append(lrp.attribute(case.model_fn, GRADIENT)(case.params, case.x, target=0))
     except lrp.RuleError as error:
-        assert gradient is None and "derivative" in str(error), error
+        if gradient is not None or "derivative" not in str(error):
+            raise AssertionError(f"torch has a derivative, {gradient}") from error
         return
-    assert gradient is not None, "torch has no derivative"
-    for relevance in found:
-        torch.testing.assert_close(relevance, case.x * gradient, rtol=1e-6, atol=1e-9, equal_nan=True)
+    for one in found if gradient is not None else ():
+        torch.testing.assert_close(one, case.x * gradient, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
 def _check_linear(walked: Walked) -> None:
     """What is classed linear has the value in the middle in the middle."""
     generator = torch.Generator().manual_seed(2)
     for layer in walked.graph.layers:
-        if not layer.linear or layer.kind is Kind.WINNER:
+        at = [walked.values[node] for node in layer.inputs]
+        if not layer.linear or layer.kind is Kind.WINNER or any(x.dtype is not torch.float64 for x in at):
             continue
         function = BoundLayer(layer, walked.values).function(layer.inputs)
-        at = [walked.values[node] for node in layer.inputs]
-        step = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in at]
+        step = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in at]
         here, ahead, behind = (
             pytree.tree_leaves(function(*(x + sign * d for x, d in zip(at, step, strict=True)))) for sign in (0, 1, -1)
         )
@@ -306,16 +304,18 @@ def _check_derivative(walked: Walked) -> None:
         tensors = [*params, x + t * torch.tensor([[0.7, -1.1]]), *walked.tensors[4:]]
         return walked.relevance(ATTN_LRP, walked.run(tensors))[0, 0]
 
-    def difference(h: float) -> float:
-        return float(total(torch.tensor(h)) - total(torch.tensor(-h))) / (2 * h)
-
     t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    here = total(t)
     try:
-        (exact,) = torch.autograd.grad(total(t), t)
+        (exact,) = torch.autograd.grad(here, t)
     except RuntimeError:
         return  # torch has no second derivative of it, and says so
-    coarse, fine = difference(1e-4), difference(5e-5)
-    if math.isfinite(fine) and abs(coarse - fine) <= 1e-5 * max(1.0, abs(fine)):
+    h = 1e-4
+    behind, halfway_behind, halfway, ahead = (float(total(torch.tensor(k * h))) for k in (-1, -0.5, 0.5, 1))
+    coarse, fine = (ahead - behind) / (2 * h), (halfway - halfway_behind) / h
+    # Neither at a kink nor at a jump, such as that of labels that are compared with 1.
+    is_smooth = abs(ahead + behind - 2 * float(here)) <= 1e-6 and abs(coarse - fine) <= 1e-5 * max(1.0, abs(fine))
+    if math.isfinite(fine) and is_smooth:
         assert abs(float(exact) - fine) <= 1e-4 * max(1.0, abs(fine)), f"{float(exact)} for {fine}"
 
 
@@ -337,24 +337,28 @@ def row(name: str, outcome: Outcome) -> str:
 
 
 def page(outcomes: dict[str, Outcome]) -> str:
-    refused = sum(outcome.refused is not None for outcome in outcomes.values())
-    lines = [
-        "# Operators",
-        "",
-        f"The {len(outcomes)} functions of torch's own database of operators, in its version {_VERSION}, that take",
-        "floating-point tensors and return such, each tested between two dense layers: the value is the model's, the plain",
-        "gradient as a rule gives input times gradient, and with `attn_lrp()` relevance is finite, each layer's balance closes",
-        f"and the derivative of relevance is that of finite differences. {refused} are refused in some form, in words, by",
-        "default; a rule that you name, such as `lrp.Gradient()` where torch has a derivative, serves those too.",
-        "",
-        "Written by `python -m tests.opinfo`, and compared by `tests/test_opinfo.py`.",
-        "",
-        "| function | explained as |",
-        "|---|---|",
-        *(row(name, outcome) for name, outcome in outcomes.items()),
-        "",
-    ]
-    return "\n".join(lines)
+    refused = sum(not outcome.kinds for outcome in outcomes.values())
+    partly = sum(bool(outcome.kinds) and outcome.refused is not None for outcome in outcomes.values())
+    return (
+        f"""# Operators
+
+How lrpfunc explains the {len(outcomes)} functions of the database of operators of torch {_VERSION} that take
+floating-point tensors and return such. Each stands between two dense layers: the value is the model's, the plain
+gradient as a rule gives input times gradient, and with `attn_lrp()` relevance is finite, every layer's balance closes and
+the derivative of relevance is that of finite differences.
+
+A function is explained as the layers that are named, some of which may be its pieces; `Constant` is what has the
+derivative zero everywhere. {refused} are refused, in words, unless you name a rule for them, and {partly} more with some of
+their arguments, mostly if all of them depend on the input.
+
+Written by `python -m tests.opinfo`, and compared by `tests/test_opinfo.py`.
+
+| function | explained as |
+|---|---|
+"""
+        + "\n".join(row(name, outcome) for name, outcome in outcomes.items())
+        + "\n"
+    )
 
 
 _VERSION = re.match(r"\d+\.\d+", torch.__version__)[0]  # type: ignore[index]

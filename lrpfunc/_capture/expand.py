@@ -85,6 +85,11 @@ def _lerp(emit: Emit, start: fx.Node, end: fx.Node, weight: Any) -> Written:
     return (emit(aten.add.Tensor, start, step),)
 
 
+def _copysign(emit: Emit, x: Any, sign: fx.Node) -> Written | None:
+    """The sign of a tensor carries no relevance."""
+    return (emit(aten.copysign.Tensor, x, emit(aten.detach.default, sign)),) if isinstance(x, fx.Node) else None
+
+
 def _logaddexp(emit: Emit, x: fx.Node, y: fx.Node) -> Written:
     shape = list(torch.broadcast_shapes(x.meta["val"].shape, y.meta["val"].shape))
     both = [emit(aten.expand.default, operand, shape) for operand in (x, y)]
@@ -411,6 +416,7 @@ EXPANSIONS: dict[str, Expansion] = {
 WRITTEN: dict[str, Expansion] = {
     "lerp": _lerp,
     "logaddexp": _logaddexp,
+    "copysign": _copysign,
     "addbmm": _addbmm,
     "cdist": _cdist,
     "cumprod": _of_prefixes(_prod),

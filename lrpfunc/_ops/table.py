@@ -92,9 +92,7 @@ _RECORDS = {
     "diff": Operator(Kind.LINEAR, (0, 3, 4), finite=_ALL),
     "scatter_add scatter_reduce:sum scatter_reduce:mean index_reduce:mean": _blend((0, 3)),
     "scatter_reduce:amax scatter_reduce:amin index_reduce:amax index_reduce:amin": _winner((0, 3)),
-    "scatter_reduce:prod index_reduce:prod segment_reduce:prod": Operator(),
-    "segment_reduce:sum segment_reduce:mean": _blend(),
-    "segment_reduce:max segment_reduce:min": _winner(),
+    "scatter_reduce:prod index_reduce:prod": Operator(),
     "_unsafe_masked_index_put_accumulate": _blend((0, 3)),
     "fft_irfft fft_irfft2 fft_irfftn fft_hfft fft_hfft2 fft_hfftn": Operator(Kind.LINEAR),
     "index_add": _blend((0, 3), nonnegative=when.keeps_sign_if_scaled_so),
@@ -180,7 +178,7 @@ _RECORDS = {
     "fmod remainder": _activation((0, 1), degree=1),
     "hypot": _activation((0, 1), nonnegative=_ALWAYS, degree=1),
     "atan2=arctan2 logaddexp logaddexp2": _activation((0, 1)),
-    "copysign": _activation((0, 1), degree=1),
+    "copysign": _activation(),
     "igamma igammac special_zeta polygamma": _activation((0, 1)),
     # ----------------------------------------------------------------------------------------------------------
     # Functions along axes
