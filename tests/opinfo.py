@@ -344,12 +344,12 @@ def page(outcomes: dict[str, Outcome]) -> str:
 
 How lrpfunc explains the {len(outcomes)} functions of the database of operators of torch {_VERSION} that take
 floating-point tensors and return such. Each stands between two dense layers: the value is the model's, the plain
-gradient as a rule gives input times gradient, and with `attn_lrp()` relevance is finite, every layer's balance closes and
-the derivative of relevance is that of finite differences.
+gradient as a rule gives input times gradient, and with `attn_lrp()` relevance is finite, the balance of each layer
+closes and the derivative of relevance is that of finite differences.
 
 A function is explained as the layers that are named, some of which may be its pieces; `Constant` is what has the
-derivative zero everywhere. {refused} are refused, in words, unless you name a rule for them, and {partly} more with some of
-their arguments, mostly if all of them depend on the input.
+derivative zero everywhere. {refused} are refused, in words, unless you name a rule for them, and {partly} more with
+some of their arguments, mostly if all of these depend on the input.
 
 Written by `python -m tests.opinfo`, and compared by `tests/test_opinfo.py`.
 

@@ -134,11 +134,13 @@ class BoundLayer:
             raise
 
     def _underived(self) -> RuleError:
-        kind, operation = self.layer.kind, self.layer.operation
-        rule = "Pass" if kind is Kind.ACTIVATION else "Stop"
+        operation = self.layer.operation
+        what, rule = (
+            ("Pass relevance on", "Pass") if self.layer.kind is Kind.ACTIVATION else ("Hold it constant", "Stop")
+        )
         return RuleError(
             f"torch has no derivative of `{operation}` that can be taken here, and the rule needs one for the layer\n\n"
-            f"    {self.layer}\n\n{'Pass relevance on' if rule == 'Pass' else 'Hold it constant'} there, for example\n\n"
+            f"    {self.layer}\n\n{what} there, for example\n\n"
             f"    rules = [(lrp.operation({operation!r}), lrp.{rule}())] + rules"
         )
 

@@ -220,7 +220,7 @@ _RECORDS = {
     "new_zeros new_ones new_full new_empty bernoulli": Operator(differentiable=False),
     "argmax argmin zeroed batch_statistics": Operator(differentiable=False),
     "normal normal_functional uniform log_normal cauchy exponential geometric": Operator(differentiable=False),
-    "random random_ poisson binomial": Operator(differentiable=False),
+    "random poisson binomial": Operator(differentiable=False),
     "dropout_mask": Operator(differentiable=False, nonnegative=_ALWAYS, random=True),
     # ----------------------------------------------------------------------------------------------------------
     # Of which torch knows no derivative
