@@ -38,7 +38,8 @@ def of(node: fx.Node) -> Operator:
     """The record of the operation that a node calls, under whichever mode it does."""
     node = getattr(node.target, "node", node)
     mode = next((a for a in (*node.args, *node.kwargs.values()) if isinstance(a, str)), None)
-    return TABLE.get(f"{operation_name(node)}:{mode}") or of_target(node.target)
+    by_mode = None if mode is None else TABLE.get(f"{operation_name(node)}:{mode}")
+    return by_mode or of_target(node.target)
 
 
 def of_target(target: Any) -> Operator:
