@@ -263,6 +263,20 @@ def overload_name(target: Any) -> str:
     return target._overloadname if isinstance(target, OpOverload) else ""
 
 
+def decomposition(target: Any) -> Callable[..., Any] | None:
+    """What an operation expands to: itself, if it is made of others, or else what torch's own table has for it.
+
+    Of the table, `torch.export` exports only the part that it applies by default. It imports torch's references of all
+    operations, so that it is imported with the first one that is asked for.
+    """
+    from torch._decomp import decomposition_table
+
+    if not isinstance(target, OpOverload):
+        return None
+    is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    return target if is_composite else decomposition_table.get(target)
+
+
 def storage_of(tensor: Tensor) -> int:
     """What tells the memory of a tensor apart, also of one without data; `data_ptr` is only for those that have."""
     return tensor.untyped_storage()._cdata

@@ -51,6 +51,10 @@ def _lstm(d: Draw, x: Tensor, *batch_sizes: Tensor) -> tuple[Any, ...]:
     return (x, *batch_sizes, [d(2, 2, 5), d(2, 2, 5)], weights, *how, *(() if batch_sizes else (False,)))
 
 
+def _positive_definite(x: Tensor) -> Tensor:
+    return x @ x.mT + torch.eye(len(x), dtype=x.dtype)
+
+
 # A dictionary at the end holds arguments that are given by name. What is not here takes a matrix.
 _SAMPLES: dict[str, Sample] = {
     # -- shapes
@@ -223,7 +227,44 @@ _SAMPLES: dict[str, Sample] = {
         d.one_of(0.0, 0.5),
     ),
     "_scaled_dot_product_flash_attention_for_cpu": lambda d: (d(1, 2, 3, 4), d(1, 2, 3, 4), d(1, 2, 3, 4)),
+    # -- of matrices, of elements that accumulate
+    "broadcast_tensors": lambda d: ([d(3, 1), d(1, 4)],),
+    "unfold_copy": lambda d: (d(3, 4), 1, 2, 1),
+    "block_diag": lambda d: ([d(2, 2), d(3)],),
+    "combinations": lambda d: (d(4),),
+    "filled": lambda d: (d(3, 4), d(4)),
+    "as_strided_scatter": lambda d: (d(3, 4), d(2, 2), [2, 2], [4, 1], 0),
+    "_unsafe_masked_index": lambda d: (d(3, 4), d.mask(2, 2), [d.index(3, 2, 2), d.index(4, 2, 2)], 2.0),
+    "_unsafe_masked_index_put_accumulate": lambda d: (
+        *(d(3, 4), d.mask(2, 2), [d.index(3, 2, 2), d.index(4, 2, 2)], d(2, 2)),
+    ),
+    **{
+        f"scatter_reduce:{how}": lambda d, how=how: (
+            *(d(3, 4), 1, d.index(4, 3, 4), d(3, 4), how),
+            {"include_self": d.one_of(True, False)},
+        )
+        for how in ("sum", "mean", "prod", "amax", "amin")
+    },
+    **{
+        f"index_reduce:{how}": lambda d, how=how: (
+            *(d(3, 4), 0, d.index(3, 3), d(3, 4), how),
+            {"include_self": d.one_of(True, False)},
+        )
+        for how in ("mean", "prod", "amax", "amin")
+    },
+    "linalg_det det linalg_eigvalsh linalg_inv inverse linalg_inv_ex cholesky_inverse": lambda d: (d(3, 3),),
+    "linalg_matrix_power matrix_power": lambda d: (d(3, 3), d.one_of(2, 3, -1)),
+    "frobenius_norm": lambda d: (d(3, 4), [0, 1]),
+    "linalg_cholesky linalg_cholesky_ex cholesky linalg_matrix_sqrth": lambda d: (_positive_definite(d(3, 3)),),
+    "lu_unpack": lambda d: tuple(torch.linalg.lu_factor(d(3, 3))),
     # -- without a derivative
+    "div:floor divide:floor": lambda d: (d(3, 4), 0.3, {"rounding_mode": "floor"}),
+    "div:trunc divide:trunc": lambda d: (d(3, 4), 0.3, {"rounding_mode": "trunc"}),
+    "normal": lambda d: (d(3, 4), 1.0),
+    "geometric": lambda d: (d.positive(3, 4), 0.5),
+    "poisson": lambda d: (d.positive(3, 4),),
+    "binomial": lambda d: (torch.full((3, 4), 9.0, dtype=torch.float64), d.positive(3, 4) / 2),
+    "randint_like": lambda d: (d(3, 4), 5),
     "full_like": lambda d: (d(3, 4), 2.0),
     "new_zeros new_ones new_empty": lambda d: (d(3, 4), [2]),
     "new_full": lambda d: (d(3, 4), [2], 2.0),
@@ -279,7 +320,7 @@ def target(name: str, args: Any, kwargs: Any) -> Any:
         return operator.getitem
     if hasattr(functions, name):
         return getattr(functions, name)
-    packet, _, overload = name.partition(".")
+    packet, _, overload = name.partition(":")[0].partition(".")
     found: Any = getattr(torch.ops.aten, packet)
     if not overload:
         overload = torch._C._jit_resolve_packet(f"aten::{packet}", *args, **kwargs)  # pyright: ignore

@@ -249,6 +249,7 @@ def _explanation(attribution: Attribution[Any], args: Any, target: Any, kwargs: 
         attribution.model_fn, args, kwargs, has_aux=options.has_aux, inline=options.inline_functions
     )
     graph = recognise(program, explained, options.globs)
+    program = graph.program
     rules = assign(graph, attribution.rules)
     values = program.run(tensors)
     rows: list[Row] = []

@@ -45,7 +45,7 @@ def _recognised(program: Program, explained: Explained, globs: tuple[str, ...]) 
             f"the layer\n\n    {random[0]}\n\ndraws random numbers inside, so that relevance would belong to another "
             "draw than the output. Call module.eval(), or write its dropout with torch.nn.functional.dropout"
         )
-    if not any(node in graph.on_path for node in (*data, *taps)):
+    if graph.on_path.isdisjoint({*graph.starts, *graph.sources}):
         raise NoPathError(
             "the output does not depend on what should be explained, or only through operations that stop "
             "derivatives (detach, no_grad, comparisons, rounding). Check argnums, and that the model function does not "

@@ -56,7 +56,7 @@ def functional(trace: Trace) -> Program:
 
     results = [state.read(node) for node in returned[: len(returned) - trace.markers]]
     state.graph.output(tuple(results))
-    _drop_dead(state.graph)
+    drop_dead(state.graph)
     count = trace.outputs[0].count(None)
     inputs = [state.read(node) for node in placeholders]
     constants = [node for node in nodes if node.op == "get_attr"]
@@ -154,7 +154,7 @@ def _modules(
     return modules
 
 
-def _drop_dead(graph: fx.Graph) -> None:
+def drop_dead(graph: fx.Graph) -> None:
     """Drops what no output needs; random operations stay, for the next one draws what follows."""
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users and not is_random(node):

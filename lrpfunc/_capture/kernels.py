@@ -75,6 +75,14 @@ def _batch_norm_kernel(kernel: Any) -> Handler:
     return handler
 
 
+def _batch_norm_eval(state: State, node: fx.Node) -> None:
+    """That of exported programs."""
+    args = state.operands(node)[0]
+    x, weight, bias, mean, var, _, eps = args
+    new = state.emit(batch_norm_eval, (x, weight, bias, mean, var, eps), None, node.meta["val"][0])
+    _define_results(state, node, new, node.target, args)
+
+
 def _normalized(state: State, node: fx.Node, args: Any, like: Any) -> fx.Node:
     x, weight, bias, mean, var, training, momentum, eps, *_ = args
     if not training:
@@ -151,6 +159,7 @@ KERNELS: dict[str, Handler] = {
     "batch_norm": _batch_norm,
     "native_batch_norm": _batch_norm_kernel(aten.native_batch_norm.default),
     "_native_batch_norm_legit": _batch_norm_kernel(aten.native_batch_norm.default),
+    "_native_batch_norm_legit_no_training": _batch_norm_eval,
     "cudnn_batch_norm": _batch_norm_kernel(aten.cudnn_batch_norm.default),
     "instance_norm": _instance_norm,
     "native_layer_norm": _fused(aten.layer_norm.default),

@@ -139,7 +139,12 @@ def is_fake(value: Any, mode: FakeTensorMode | None = None) -> bool:
     return isinstance(value, FakeTensor) and (mode is None or value.fake_mode is mode)
 
 
-VALUE_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")
+VALUE_DEPENDENT = (
+    "GuardOnDataDependentSymNode",
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "PendingUnbackedSymbolNotFound",
+)
 
 
 def trace(

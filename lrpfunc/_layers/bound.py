@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfunc._layers.layer import Layer
+from lrpfunc._errors import RuleError
+from lrpfunc._layers.layer import Kind, Layer
 from lrpfunc._ops.call import call, of
 from lrpfunc._torch import jvp, map_arg, vjp
 
@@ -140,8 +141,27 @@ class BoundLayer:
     def _pull(
         self, function: Callable[..., Any], wrt: Sequence[fx.Node], cotangents: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        output, pullback = vjp(function, *(self.values[node] for node in wrt))
-        return pullback(cotangents[0] if isinstance(output, Tensor) else tuple(cotangents))
+        if any(of(node).underived for node in self.layer.nodes):
+            raise self._underived()
+        try:
+            output, pullback = vjp(function, *(self.values[node] for node in wrt))
+            return pullback(cotangents[0] if isinstance(output, Tensor) else tuple(cotangents))
+        except (RuntimeError, KeyError) as error:
+            # Of an operation that has none, of a kernel with a backward in C++, of one that takes functions.
+            if any(words in str(error) for words in ("derivative for", "autograd.Function with", "TransformType")):
+                raise self._underived() from error
+            raise
+
+    def _underived(self) -> RuleError:
+        operation = self.layer.operation
+        what, rule = (
+            ("Pass relevance on", "Pass") if self.layer.kind is Kind.ACTIVATION else ("Hold it constant", "Stop")
+        )
+        return RuleError(
+            f"torch has no derivative of `{operation}` that can be taken here, and the rule needs one for the layer\n\n"
+            f"    {self.layer}\n\n{what} there, for example\n\n"
+            f"    rules = [(lrp.operation({operation!r}), lrp.{rule}())] + rules"
+        )
 
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The derivative in a direction, one tensor an output."""

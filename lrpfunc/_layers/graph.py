@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
+from lrpfunc._capture.decompose import written_out
 from lrpfunc._capture.program import Program
 from lrpfunc._layers.cover import Cover
 from lrpfunc._layers.layer import Kind, Layer
@@ -72,10 +73,56 @@ def build_graph(
     program: Program, data: Sequence[fx.Node], taps: Sequence[fx.Node], sources: list[fx.Node | None], spec: Any
 ) -> Graph:
     """The layers that depend on `data`, or on parameters that are explained themselves, the `taps`."""
-    cover = Cover(program, set(data), set(taps))
-    layers = cover.layers()
+    program, cover, layers, new = _written_out(program, data, taps)
     entries = _entries(program, layers, cover.needed & cover.active)
-    return Graph(program, sources, spec, cover.needed, list(dict.fromkeys(data)), layers, entries)
+    starts = list(dict.fromkeys(new[node] for node in data))
+    return Graph(program, [node and new[node] for node in sources], spec, cover.needed, starts, layers, entries)
+
+
+_Covered = tuple[Program, Cover, list[Layer], dict[fx.Node, Any]]
+
+
+def _written_out(program: Program, data: Sequence[fx.Node], taps: Sequence[fx.Node]) -> _Covered:
+    """The program with what is not linear written out, as long as that makes layers that can be explained.
+
+    An operation of which some piece cannot be explained stays whole, under its own name.
+    """
+    whole: set[fx.Node] = set()
+    while True:
+        stuck: set[fx.Node] = set()
+        found = _attempt(program, data, taps, whole, stuck)
+        if not stuck:
+            return found
+        whole |= stuck
+
+
+def _attempt(
+    program: Program, data: Sequence[fx.Node], taps: Sequence[fx.Node], whole: set[fx.Node], stuck: set[fx.Node]
+) -> _Covered:
+    """The same, adding to `stuck` the operations that turn out to have such a piece."""
+    new: dict[fx.Node, Any] = {node: node for node in program.graph.nodes}
+    while True:
+        cover = Cover(program, {new[node] for node in data}, {new[node] for node in taps})
+        layers = cover.layers()
+        hard = {n: n.meta.get("piece_of", (n,))[0] for layer in layers if _is_hard(layer) for n in layer.nodes}
+        hard = {node: origin for node, origin in hard.items() if origin not in whole}
+        if not hard:
+            return program, cover, layers, new
+        program, now = written_out(program, hard)
+        stuck.update(
+            origin for node, origin in hard.items() if isinstance(n := now[node], fx.Node) and n.target is node.target
+        )
+        if stuck:
+            return program, cover, layers, new
+        new = {node: now[value] for node, value in new.items() if isinstance(value, fx.Node) and value in now}
+
+
+def _is_same(new: Any, node: fx.Node) -> bool:
+    return isinstance(new, fx.Node) and new.target is node.target
+
+
+def _is_hard(layer: Layer) -> bool:
+    return layer.kind is Kind.NON_LINEAR and not layer.is_tap
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 from torch import Tensor, fx
@@ -38,22 +39,29 @@ def nature_of(node: fx.Node, inputs: tuple[fx.Node, ...]) -> Nature:
             return Nature(Kind.SELECT, linear=True)
         case Kind.WINNER if _against_itself(node, operator, inputs):
             return Nature(Kind.WINNER, linear=True)
-        case Kind.WINNER:  # `maximum(x, 0)` is no choice among inputs
-            return Nature(Kind.ACTIVATION)
+        case Kind.WINNER if operator.pointwise and shape(inputs[0]) == shape(node):
+            return Nature(Kind.ACTIVATION)  # `maximum(x, 0)` is no choice among inputs
+        case Kind.WINNER if set(places) <= {*operator.operands}:
+            return Nature(Kind.WINNER, linear=True)
         case Kind.SUM | Kind.AVERAGE | Kind.LINEAR | Kind.SCALE if set(places) <= {*operator.operands}:
             adds_constants = operator.kind is Kind.SUM and len(places) < len(operator.operands)
             return Nature(Kind.LINEAR if adds_constants else operator.kind, linear=True)
+        case Kind.PRODUCT if operator.operands == (0,):  # of its own elements
+            degree = degree_of(node)
+            return Nature(Kind.PRODUCT, shares=(1 / degree,)) if degree else Nature(Kind.NON_LINEAR)
         case Kind.PRODUCT | Kind.DENSE | Kind.CONVOLUTION:
             return _product(node, operator, inputs, places)
         case Kind.QUOTIENT:
             return _quotient(node, inputs, places)
         case Kind.ACTIVATION if _is_pointwise(node, operator, inputs, places):
             return Nature(Kind.ACTIVATION)
+        case Kind.ACTIVATION if places == [*operator.operands] and isinstance(operator.degree, (int, float)):
+            return Nature(Kind.STATISTIC, shares=(1 / operator.degree,) * len(inputs))
         case Kind.SOFTMAX:
             return Nature(Kind.SOFTMAX, axes=axes_of(node))
         case Kind.STATISTIC if len(inputs) == 1 and (degree := degree_of(node)):
             return Nature(Kind.STATISTIC, shares=(1 / degree,))
-        case Kind.NORMALIZATION | Kind.BATCH_NORM if inputs == node.args[:1]:
+        case Kind.NORMALIZATION | Kind.BATCH_NORM if inputs == node.args[:1] and not _has_statistics(node):
             is_affine = operator.held is None or argument(node, "use_input_stats") is False
             return Nature(Kind.BATCH_NORM, linear=True) if is_affine else Nature(operator.kind)
         case Kind.ATTENTION:
@@ -66,6 +74,11 @@ def _places(node: fx.Node, inputs: tuple[fx.Node, ...]) -> Iterator[int | None]:
     for place, value in enumerate(node.args):
         yield from (place for leaf in tree.leaves(value) if leaf in inputs)
     yield from (None for leaf in tree.leaves(node.kwargs) if leaf in inputs)
+
+
+def _has_statistics(node: fx.Node) -> bool:
+    """Whether somebody uses what a kernel returns beside its result."""
+    return any(user.target is getitem and user.args[1] != 0 for user in node.users)
 
 
 def _is_complex(node: fx.Node) -> bool:

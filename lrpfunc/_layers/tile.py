@@ -124,7 +124,7 @@ def shape(node: fx.Node) -> tuple[int, ...]:
 def axes_of(node: fx.Node) -> tuple[int, ...]:
     """The axes that a softmax, a sum or the like works along."""
     axes: Any = argument(node, "dim")
-    size = len(shape(node.args[0]))  # type: ignore[arg-type]
+    size = len(shape(node.args[0])) or 1  # type: ignore[arg-type]
     if axes is None or axes == []:
         return tuple(range(size))
     return tuple(int(a) % size for a in (axes if isinstance(axes, (list, tuple)) else (axes,)))

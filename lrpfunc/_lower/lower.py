@@ -105,7 +105,7 @@ def _may_write(saved: Sequence[Any], start: Sequence[Tensor]) -> bool:
 
 
 def _joint(graph: Graph, rules: Assignment, form: type[Message], exact: bool) -> tuple[Joint, bool]:
-    shared = [layer for layer in graph.layers if _can_share(layer, exact)]
+    shared = [layer for layer in graph.layers if _can_share(layer, exact) and _goes_through(layer, rules)]
     traced = None
     if repeats(graph):
         with contextlib.suppress(Elsewhere):
@@ -156,6 +156,11 @@ def _can_share(layer: Layer, exact: bool) -> bool:
     if node.target is scaled_dot_product_attention:
         return not exact
     return of(node).in_walk is None
+
+
+def _goes_through(layer: Layer, rules: Assignment) -> bool:
+    """Whether relevance does: what stops it may have no VJP."""
+    return layer in rules.rules and bool(rules.rules[layer].receivers(layer))
 
 
 def _evaluated(layer: BoundLayer) -> Tensor:

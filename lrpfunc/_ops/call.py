@@ -36,7 +36,10 @@ REWRITTEN: dict[Any, Any] = {
 
 def of(node: fx.Node) -> Operator:
     """The record of the operation that a node calls, under whichever mode it does."""
-    return of_target(getattr(node.target, "node", node).target)
+    node = getattr(node.target, "node", node)
+    mode = next((a for a in (*node.args, *node.kwargs.values()) if isinstance(a, str)), None)
+    by_mode = None if mode is None else TABLE.get(f"{operation_name(node)}:{mode}")
+    return by_mode or of_target(node.target)
 
 
 def of_target(target: Any) -> Operator:

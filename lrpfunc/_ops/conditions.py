@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lrpfunc._ops.operator import Arguments, Holds
@@ -97,6 +98,21 @@ def only_numerator(given: Arguments, known: Holds) -> bool:
 def divisor(given: Arguments, known: Holds) -> bool:
     """Of a quotient."""
     return known(given.operands[1])
+
+
+def factors(given: Arguments) -> float:
+    """How many elements of its operand each element of a product is of."""
+    shape, dim = given.operands[0].meta["val"].shape, given.named("dim")
+    return float(math.prod(shape) if dim is None else shape[dim] if shape else 1)
+
+
+def matrix_order(given: Arguments) -> float:
+    """How many factors each term of a determinant has."""
+    return float(given.operands[0].meta["val"].shape[-1])
+
+
+def matrix_power(given: Arguments) -> float | None:
+    return float(given.named("n")) or None
 
 
 def order(given: Arguments) -> float:

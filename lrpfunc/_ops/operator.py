@@ -77,6 +77,7 @@ class Operator:
         name: What an operator with several names is called here: `"div"` for `true_divide`, too.
         pointwise: Whether each element of the result depends on the same element of every operand alone.
         differentiable: Whether relevance can pass at all. The derivative of what cannot is zero everywhere.
+        underived: Whether torch knows no derivative, and takes the result for a constant without a word.
         reduces: Whether each element of the result stands for many: those along the axes `dim`, or of a window.
         reshapes: Whether the result has the same elements in the same order, in another shape.
         chooses: Whether integers, which may come from a `topk`, say which elements are taken.
@@ -105,6 +106,7 @@ class Operator:
     name: str = ""
     pointwise: bool = False
     differentiable: bool = True
+    underived: bool = False
     reduces: bool = False
     reshapes: bool = False
     chooses: bool = False

@@ -37,15 +37,17 @@ _RECORDS = {
     "view _unsafe_view reshape _reshape_alias view_copy flatten unflatten ravel": _select(reshapes=True),
     "squeeze squeeze_copy unsqueeze atleast_1d atleast_2d atleast_3d": _select(reshapes=True),
     "transpose permute permute_copy t numpy_T mT mH=adjoint matrix_H movedim moveaxis swapaxes swapdims": _select(),
-    "expand expand_copy broadcast_to repeat repeat_interleave tile meshgrid": _select(),
+    "expand expand_copy broadcast_to repeat repeat_interleave tile meshgrid broadcast_tensors": _select(),
     "contiguous clone alias to _to_copy cpu cuda lift_fresh lift_fresh_copy": _copy(),
-    "positive resolve_conj resolve_neg conj_physical": _copy(),
+    "positive resolve_conj resolve_neg conj_physical real": _copy(),
     "slice slice_copy select select_copy narrow narrow_copy diagonal": _select(),
     "split split_with_sizes chunk unbind tensor_split hsplit vsplit dsplit unsafe_split unsafe_chunk": _select(),
     "cat=concat=concatenate stack hstack vstack dstack column_stack": _select(),
     "gather index index_select take take_along_dim": _select(chooses=True),
+    "_unsafe_masked_index": _select((0, 3)),
     "masked_select embedding": _select(),
-    "flip fliplr flipud roll rot90 tril triu as_strided unfold im2col": _select(),
+    "flip fliplr flipud roll rot90 tril triu as_strided unfold unfold_copy im2col": _select(),
+    "diag_embed block_diag combinations": _select(),
     "pixel_shuffle pixel_unshuffle channel_shuffle": _select(),
     "reflection_pad1d reflection_pad2d reflection_pad3d": _select(),
     "replication_pad1d replication_pad2d replication_pad3d": _select(),
@@ -55,13 +57,13 @@ _RECORDS = {
     "masked_fill": _copy((0, 2)),
     "nan_to_num": _copy((0, 1, 2, 3)),
     "masked_scatter": _select((0, 2)),
-    "slice_scatter select_scatter diagonal_scatter overwrite": _select((0, 1)),
+    "slice_scatter select_scatter diagonal_scatter as_strided_scatter overwrite": _select((0, 1)),
     "scatter index_fill": _select((0, 3)),
     "scatter.src": _select((0, 3), in_walk=functions.scatter_winners),
     "scatter.reduce scatter.value_reduce view.dtype": Operator(),
     "index_copy": _select((0, 3), in_walk=functions.index_copy_winners),
     "index_put=_unsafe_index_put": _select((0, 2), in_walk=functions.index_put_winners),
-    "copied": _select((1,)),
+    "copied filled": _select((1,)),
     "as_computed": Operator(Kind.SELECT, degree=1, in_walk=functions.written_out),
     # ----------------------------------------------------------------------------------------------------------
     # Each element of the result is the element of an operand that won a comparison
@@ -69,7 +71,8 @@ _RECORDS = {
     "max_pool2d max_pool2d_with_indices adaptive_max_pool2d fractional_max_pool2d": _winner(),
     "max_pool3d max_pool3d_with_indices adaptive_max_pool3d fractional_max_pool3d": _winner(),
     "amax amin max min median": _winner(reduces=True),
-    "topk sort msort kthvalue mode": _winner(),
+    "topk sort msort kthvalue mode cummax cummin": _winner(),
+    "nanmedian": _winner(reduces=True),
     "maximum=max.other": _larger(epsilon=True),
     "minimum=min.other fmax fmin": _larger(),
     # ----------------------------------------------------------------------------------------------------------
@@ -87,12 +90,17 @@ _RECORDS = {
     "upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d": _blend(),
     "upsample_bicubic2d _upsample_bicubic2d_aa": Operator(Kind.LINEAR, finite=_ALL),
     "diff": Operator(Kind.LINEAR, (0, 3, 4), finite=_ALL),
-    "scatter_add": _blend((0, 3)),
+    "scatter_add scatter_reduce:sum scatter_reduce:mean index_reduce:mean": _blend((0, 3)),
+    "scatter_reduce:amax scatter_reduce:amin index_reduce:amax index_reduce:amin": _winner((0, 3)),
+    "scatter_reduce:prod index_reduce:prod": Operator(),
+    "_unsafe_masked_index_put_accumulate": _blend((0, 3)),
+    "fft_irfft fft_irfft2 fft_irfftn fft_hfft fft_hfft2 fft_hfftn": Operator(Kind.LINEAR),
     "index_add": _blend((0, 3), nonnegative=when.keeps_sign_if_scaled_so),
     "lerp addcdiv": Operator(Kind.LINEAR, (0, 1)),
     "grid_sampler grid_sampler_2d grid_sampler_3d": Operator(Kind.LINEAR),
     "sigmoid_backward tanh_backward threshold_backward gelu_backward": Operator(Kind.LINEAR),
     "native_dropout_backward": Operator(Kind.LINEAR),
+    "lu_unpack": Operator(Kind.LINEAR),
     "neg=negative": Operator(Kind.SCALE, pointwise=True, zero=_ALL, finite=_ALL, degree=1),
     "deg2rad rad2deg": Operator(Kind.SCALE, pointwise=True, nonnegative=_ALL, zero=_ALL, finite=_ALL, degree=1),
     # ----------------------------------------------------------------------------------------------------------
@@ -107,7 +115,7 @@ _RECORDS = {
         zero=when.only_numerator,
         singular=when.divisor,
     ),
-    "div.Tensor_mode div.Scalar_mode divide.Tensor_mode divide.Scalar_mode": Operator(),
+    "div:floor div:trunc divide:floor divide:trunc": Operator(differentiable=False),
     "linear": Operator(Kind.DENSE, (0, 1), addend=2, features=0),
     "mm matmul": Operator(Kind.DENSE, (0, 1), features=-1),
     "addmm": Operator(Kind.DENSE, (1, 2), addend=0, features=-1),
@@ -154,15 +162,37 @@ _RECORDS = {
     "expm1=special_expm1 log1p=special_log1p erf=special_erf": _activation(zero=_ALL),
     "sin tan asin=arcsin atan=arctan sinh asinh=arcsinh atanh=arctanh": _activation(zero=_ALL),
     "cos acos=arccos cosh sinc erfc=special_erfc i0": _activation(),
+    "nextafter": _activation(),
+    "special_airy_ai special_spherical_bessel_j0": _activation(underived=True),
+    "special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1": _activation(underived=True),
+    "special_modified_bessel_i0 special_modified_bessel_i1": _activation(underived=True),
+    "special_modified_bessel_k0 special_modified_bessel_k1": _activation(underived=True),
+    "special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1": _activation(underived=True),
+    "special_chebyshev_polynomial_t special_shifted_chebyshev_polynomial_t": _activation(underived=True),
+    "special_chebyshev_polynomial_u special_shifted_chebyshev_polynomial_u": _activation(underived=True),
+    "special_chebyshev_polynomial_v special_shifted_chebyshev_polynomial_v": _activation(underived=True),
+    "special_chebyshev_polynomial_w special_shifted_chebyshev_polynomial_w": _activation(underived=True),
+    "special_hermite_polynomial_h special_hermite_polynomial_he": _activation(underived=True),
+    "special_laguerre_polynomial_l special_legendre_polynomial_p": _activation(underived=True),
     "acosh=arccosh erfinv lgamma digamma special_ndtr special_log_ndtr": _activation(),
-    "fmod remainder hypot atan2=arctan2 logaddexp logaddexp2 ldexp xlogy": _activation((0, 1)),
+    "fmod remainder": _activation((0, 1), degree=1),
+    "hypot": _activation((0, 1), nonnegative=_ALWAYS, degree=1),
+    "atan2=arctan2 logaddexp logaddexp2": _activation((0, 1)),
     "copysign": _activation(),
-    "igamma igammac special_zeta polygamma": _activation((1,)),
+    "igamma igammac special_zeta polygamma": _activation((0, 1)),
     # ----------------------------------------------------------------------------------------------------------
     # Functions along axes
     "softmax=_softmax=_safe_softmax": Operator(Kind.SOFTMAX, gate=2, nonnegative=_ALWAYS, finite=_ALWAYS),
     "log_softmax=_log_softmax": Operator(Kind.SOFTMAX),
     "logsumexp": Operator(Kind.SOFTMAX, reduces=True),
+    "prod": Operator(Kind.PRODUCT, reduces=True, nonnegative=_ALL, degree=when.factors),
+    "linalg_det det": Operator(Kind.PRODUCT, reduces=True, degree=when.matrix_order),
+    "linalg_matrix_power matrix_power": Operator(Kind.PRODUCT, degree=when.matrix_power),
+    "linalg_svdvals linalg_matrix_norm nuclear_norm frobenius_norm": _norm(degree=1),
+    "linalg_eigvalsh": Operator(Kind.STATISTIC, reduces=True, degree=1),
+    "linalg_cholesky linalg_cholesky_ex cholesky linalg_matrix_sqrth": Operator(Kind.STATISTIC, degree=0.5),
+    "linalg_inv inverse linalg_inv_ex linalg_pinv pinverse": Operator(Kind.STATISTIC, degree=-1),
+    "cholesky_inverse": Operator(Kind.STATISTIC, degree=-2),
     "std": _norm(degree=1),
     "var": _norm(degree=2),
     "norm linalg_norm linalg_vector_norm": _norm(degree=when.order),
@@ -185,25 +215,16 @@ _RECORDS = {
     # ----------------------------------------------------------------------------------------------------------
     # What relevance does not pass through: its derivative is zero everywhere
     "detach": Operator(differentiable=False, nonnegative=_ALL, finite=_ALL),
-    "sign sgn round floor ceil trunc floor_divide angle heaviside": Operator(differentiable=False),
-    "zeros_like ones_like full_like empty_like rand_like randn_like": Operator(differentiable=False),
+    "sign sgn round floor ceil trunc floor_divide angle heaviside histc": Operator(differentiable=False),
+    "zeros_like ones_like full_like empty_like rand_like randn_like randint_like": Operator(differentiable=False),
     "new_zeros new_ones new_full new_empty bernoulli": Operator(differentiable=False),
     "argmax argmin zeroed batch_statistics": Operator(differentiable=False),
+    "normal normal_functional uniform log_normal cauchy exponential geometric": Operator(differentiable=False),
+    "random poisson binomial": Operator(differentiable=False),
     "dropout_mask": Operator(differentiable=False, nonnegative=_ALWAYS, random=True),
     # ----------------------------------------------------------------------------------------------------------
     # Of which torch knows no derivative
     "detach_copy native_channel_shuffle silu_backward logit_backward": Operator(),
-    "nextafter special_airy_ai special_spherical_bessel_j0": Operator(),
-    "special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1": Operator(),
-    "special_modified_bessel_i0 special_modified_bessel_i1": Operator(),
-    "special_modified_bessel_k0 special_modified_bessel_k1": Operator(),
-    "special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1": Operator(),
-    "special_chebyshev_polynomial_t special_shifted_chebyshev_polynomial_t": Operator(),
-    "special_chebyshev_polynomial_u special_shifted_chebyshev_polynomial_u": Operator(),
-    "special_chebyshev_polynomial_v special_shifted_chebyshev_polynomial_v": Operator(),
-    "special_chebyshev_polynomial_w special_shifted_chebyshev_polynomial_w": Operator(),
-    "special_hermite_polynomial_h special_hermite_polynomial_he": Operator(),
-    "special_laguerre_polynomial_l special_legendre_polynomial_p": Operator(),
     # ----------------------------------------------------------------------------------------------------------
     # No layers of their own
     "fused": Operator(differentiable=False),  # relevance goes through what is written out beside it
@@ -235,7 +256,10 @@ def _by_name() -> dict[str, Operator]:
 
 
 TABLE = _by_name()
-"""The record of each operator, by its name in torch's schema, or with that of the overload: `"view.dtype"`."""
+"""The record of each operator, by its name in torch's schema.
+
+Or with the name of the overload, `"view.dtype"`, or with the argument that says what it does, `"scatter_reduce:amax"`.
+"""
 
 SHAPED_LIKE: dict[str, tuple[Any, Any]] = {
     "expand_as": (aten.expand.default, lambda like: list(like.shape)),

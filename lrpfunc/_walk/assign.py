@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lrpfunc import _tree as tree
 from lrpfunc._capture.environment import Environment
+from lrpfunc._capture.isolation import isolated
 from lrpfunc._capture.watch import Watch
 from lrpfunc._errors import NoPathError, RuleError, UncoveredLayerError, opaque
+from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.graph import Graph
 from lrpfunc._layers.layer import STRUCTURAL, Kind, Layer
 from lrpfunc.composites import Composite, attn_lrp
@@ -136,11 +138,30 @@ def _covering(layers: list[Layer]) -> str:
     """What to put in front of the rules."""
     if all(layer.kind is Kind.ACTIVATION for layer in layers):
         return "[(lrp.Activation, lrp.Pass())]"
-    others = dict.fromkeys(layer.operation for layer in layers if attn_lrp().rule_for(layer) is None)
-    entries = ", ".join(f"(lrp.operation({name!r}), lrp.Gradient())" for name in others)
-    if len(others) == len({layer.operation for layer in layers}):
+    others = [layer for layer in layers if attn_lrp().rule_for(layer) is None]
+    entries = ", ".join(dict.fromkeys(f"({_selector(layer, layers)}, lrp.{_serving(layer)}())" for layer in others))
+    if len({layer.operation for layer in others}) == len({layer.operation for layer in layers}):
         return f"[{entries}]"
     return f"[{entries}] + lrp.attn_lrp()" if others else "lrp.attn_lrp()"
+
+
+def _selector(layer: Layer, uncovered: list[Layer]) -> str:
+    """One for the layers like this that no rule covers, and no other."""
+    alike = [other for other in layer.siblings if other.operation == layer.operation and other.kind not in STRUCTURAL]
+    if all(other in uncovered for other in alike):
+        return f"lrp.operation({layer.operation!r})"
+    return f"lambda layer: (layer.kind, layer.operation) == ({str(layer.kind)!r}, {layer.operation!r})"
+
+
+def _serving(layer: Layer) -> str:
+    """`Gradient` where the operation has one, and `Stop`, which holds it constant."""
+    seen = {node: node.meta["val"] for inner in layer.nodes for node in inner.all_input_nodes}
+    cotangents = [node.meta["val"] for node in layer.outputs if node is not None]
+    try:
+        isolated(lambda: BoundLayer(layer, seen).vjp(*cotangents))
+    except Exception:  # whatever kind of error an operation of somebody else's has for that
+        return "Stop"
+    return "Gradient"
 
 
 def _counted(count: int, noun: str) -> str:

@@ -44,10 +44,10 @@ class Select(Rule):
         return pulled_back(layer, messages)
 
     def absorbed(self, layer: BoundLayer, *messages: Message) -> dict[str, Tensor]:
-        if layer.layer.kind is Kind.WINNER:
-            return {}
         chosen = layer.jvp([torch.ones_like(x) for x in layer.inputs])
         places = zip(messages, layer.outputs, chosen, strict=True)
+        if layer.layer.kind is Kind.WINNER:  # among equals, constants may be
+            return {"constants": added(m.relevance(y) * (1 - c) for m, y, c in places)}
         return {"constants": added(torch.where(c == 0, m.relevance(y), 0) for m, y, c in places)}
 
 
