@@ -7,6 +7,8 @@ another version of torch.
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ from torch._tensor_str import printoptions as printoptions
 
 # The recorder. `torch.export.export(strict=False)` is its public face, for modules and whole operations only.
 from torch.fx.experimental.proxy_tensor import get_proxy_mode as get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_slot
 from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 
 # Documented for graph passes, but not typed.
@@ -94,6 +97,37 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
+# Where torch says at length what an operation on tensors without data has failed on, before it raises that.
+_RECORDING_LOGS = (
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.fx.experimental.recording",
+    "torch.fx.experimental.proxy_tensor",
+)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Runs what is recorded without torch's logs of it, and without a check for NaN in gradients that have no numbers.
+
+    Only this thread is quiet, and nothing of how logs are set up is changed. The check is for the whole process.
+    """
+    thread = threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    loggers = [logging.getLogger(name) for name in _RECORDING_LOGS]
+    for logger in loggers:
+        logger.addFilter(is_of_others)
+    try:
+        with torch.autograd.set_detect_anomaly(False):
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_of_others)
+
+
 def install_guard(obj: Any, state: Callable[[Any], Any], reason: str) -> None:
     """Makes Dynamo trace what it is tracing anew as soon as `state(obj)` is another.
 
@@ -114,6 +148,13 @@ def install_guard(obj: Any, state: Callable[[Any], Any], reason: str) -> None:
         )
 
     install_guard(Guard(GlobalStateSource(), create))
+
+
+def origin(tensor: Tensor) -> tuple[fx.Node, torch.nn.Module] | None:
+    """What gave a tensor of the recording that is going on in this thread, and the module of its constants."""
+    mode: Any = get_proxy_mode()
+    slot: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    return None if slot is None else (slot.proxy.node, mode.tracer.root)
 
 
 _constants: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -201,7 +201,7 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
-        return list(value)
+        return list(iter(value))
     if isinstance(value, types.FunctionType):
         return [*map(contents, value.__closure__ or ()), *(value.__defaults__ or ())]
     if isinstance(value, functools.partial):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from lrpfunc._capture.markers import current_recorder
@@ -27,7 +27,7 @@ def structural_copy(module: nn.Module) -> nn.Module:
         if isinstance(obj, nn.Module):
             children = list(vars(obj).values())
         else:
-            children = list(obj.values()) if isinstance(obj, dict) else list(obj)
+            children = list(obj.values()) if isinstance(obj, dict) else list(iter(obj))  # without its length
         for child in children:
             if id(child) in visited:
                 continue
@@ -36,6 +36,11 @@ def structural_copy(module: nn.Module) -> nn.Module:
                 pending.append(child)
             elif not callable(getattr(child, "__func__", None)):  # bound methods follow their copied module
                 shared[id(child)] = child
+    # What `fx` makes is otherwise compiled anew, from a graph that is then told that it belongs to the copy.
+    graphs = [obj for obj in module.modules() if isinstance(obj, fx.GraphModule)]
+    shared |= {id(obj): object.__new__(type(obj)) for obj in graphs}
+    for obj in graphs:
+        vars(shared[id(obj)]).update(copy.deepcopy(vars(obj), shared))
     return copy.deepcopy(module, shared)
 
 

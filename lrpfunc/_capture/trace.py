@@ -18,8 +18,9 @@ from lrpfunc._capture.identity import describe_tensor
 from lrpfunc._capture.isolation import isolated
 from lrpfunc._capture.markers import Recorder, recording
 from lrpfunc._capture.memory import forget_cached, is_cached
+from lrpfunc._capture.numbers import Number
 from lrpfunc._capture.returned import Returned, returned
-from lrpfunc._capture.watch import BeginsTransform, Watch, custom_functions, refusing
+from lrpfunc._capture.watch import BeginsTransform, Watch, custom_functions, refusing, unknown_number
 from lrpfunc._errors import CaptureError
 from lrpfunc._torch import FakeTensor, FakeTensorMode, fake_mode, innermost, make_fx
 
@@ -36,7 +37,8 @@ class Trace:
             last graph outputs.
         closed: How many placeholders stand for tensors of the environment.
         constants: Tensors that are no inputs, by the name they are read by: made by the function, mostly.
-        stable: Whether the trace may be used again.
+        numbers: Numbers in tensors that became part of it.
+        stable: Whether the trace may be used again, where those are the same.
         changed: The name of what the function reads and has changed itself.
     """
 
@@ -46,6 +48,7 @@ class Trace:
     events: list[tuple[str, str, list[bool], Any]]
     closed: int
     constants: dict[str, Tensor]
+    numbers: list[Number]
     stable: bool
     changed: str | None
     after_dispatch: bool
@@ -75,6 +78,7 @@ def _trace(
     custom: dict[types.CodeType, str],
     keys: Sequence[Any],
     closed: Sequence[Tensor],
+    known: Sequence[Tensor | None],
     before_dispatch: bool,
     made: list[weakref.ref[Tensor]],
     mode: FakeTensorMode,
@@ -108,7 +112,7 @@ def _trace(
 
     def marked(tick: Tensor, *tensors: Tensor) -> list[Tensor]:
         fakes = {id(real): fake for real, fake in zip(closed, tensors, strict=False)}
-        watch = Watch(fakes, made, before_dispatch)
+        watch = Watch(fakes, [None, *closed, *known], made, before_dispatch)
         recorder = Recorder(tick)
         watches.append(watch)
         recorders.append(recorder)
@@ -122,21 +126,16 @@ def _trace(
     return module, recorders[-1].handed_over(), found, watches[-1]
 
 
-def _explain_failure(error: Exception) -> CaptureError:
-    first_line, *_ = [*str(error).splitlines(), ""]
-    return CaptureError(
-        f"the model function could not be traced: {type(error).__name__}: {first_line}\n"
-        "The usual reason is Python control flow that depends on the numbers inside a tensor (`if x.sum() > 0:`, "
-        "`int(mask.sum())`). Write it with torch.where or a mask, or pass the number as a Python argument"
-    )
-
-
 def is_fake(value: Any, mode: FakeTensorMode | None = None) -> bool:
     """Whether it is a tensor without numbers, of that trace, be it inside of a transform's."""
     if not isinstance(value, Tensor):
         return False
     value = innermost(value)
     return isinstance(value, FakeTensor) and (mode is None or value.fake_mode is mode)
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 VALUE_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException")
@@ -166,6 +165,8 @@ def trace(
     before = Environment(*roots, transformed=True, remember=True)
     keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+    # Numbers in what can be explained are none that a program may be for.
+    known = [None if _is_continuous(leaf) else leaf for leaf in leaves if isinstance(leaf, Tensor)]
     made: list[weakref.ref[Tensor]] = []
 
     def attempt(before_dispatch: bool, again: bool = False) -> _Traced | None:
@@ -176,7 +177,7 @@ def trace(
         def once() -> _Traced | None:
             try:
                 traced = _trace(
-                    model_fn, static, spec, has_aux, custom, keys, closed, before_dispatch, made, mode, before
+                    model_fn, static, spec, has_aux, custom, keys, closed, known, before_dispatch, made, mode, before
                 )
             except BeginsTransform:
                 return None  # the exception would keep what the trace has made
@@ -186,7 +187,7 @@ def trace(
             result = isolated(once)
         except Exception as error:
             if type(error).__name__ in VALUE_DEPENDENT:
-                raise _explain_failure(error) from error
+                raise CaptureError(unknown_number(None, error.__traceback__)) from None
             raise
         finally:
             before.forget(is_own)
@@ -215,4 +216,15 @@ def trace(
     after = Environment(*roots, transformed=True, remember=True)
     changed = before.difference(after) if before.key != after.key and not before.unknown else None
     stable = own and not watch.reads and reads.key == after.key
-    return Trace(module, found["outputs"], found["aux"], events, len(closed), values, stable, changed, whole is None)
+    return Trace(
+        module,
+        found["outputs"],
+        found["aux"],
+        events,
+        len(closed),
+        values,
+        watch.numbers,
+        stable,
+        changed,
+        whole is None,
+    )

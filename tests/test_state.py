@@ -1,0 +1,201 @@
+"""What a model function reads and leaves beside its arguments: numbers, settings, modules and objects of all kinds."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import lrpfunc as lrp
+from lrpfunc._capture import capture as capture_module
+from tests.cases import normal
+
+W, X = normal(4, 3), normal(2, 4, seed=1)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that a model function was recorded."""
+    found: list[int] = []
+    trace = capture_module.trace
+
+    def counted(*args: Any) -> Any:
+        found.append(1)
+        return trace(*args)
+
+    monkeypatch.setattr(capture_module, "trace", counted)
+    return found
+
+
+def value(model_fn: Callable[..., Any], *args: Any) -> Tensor:
+    return lrp.attribute_and_value(model_fn, lrp.gradient())(*args, target=0)[1]
+
+
+# -- numbers that are read out of tensors
+
+
+def of_a_scalar(s: Tensor, w: Tensor, x: Tensor) -> Tensor:
+    return x @ w * s.item()
+
+
+def of_what_was_computed(s: Tensor, w: Tensor, x: Tensor) -> Tensor:
+    steps = torch.arange(3)
+    for _ in range(int(steps.sum() * s)):
+        x = x * 1.5
+    return x @ w
+
+
+def of_a_branch(s: Tensor, w: Tensor, x: Tensor) -> Tensor:
+    return x @ w if s > 2 else x @ w * 2
+
+
+def of_what_was_written(s: Tensor, w: Tensor, x: Tensor) -> Tensor:
+    steps = s.repeat(3)
+    steps[1:] += 2
+    row = steps[1]
+    steps.mul_(2)
+    return x @ w * float(row)
+
+
+def of_lists_and_arrays(s: Tensor, w: Tensor, x: Tensor) -> Tensor:
+    twice = s.repeat(2)
+    return x @ w * sum(twice.tolist()) * float(twice.numpy().sum()) * (2.0 in twice)
+
+
+def of_constants(s: Tensor, w: Tensor, x: Tensor) -> Tensor:
+    return x @ w * torch.tensor(2.0).item() * torch.linspace(0, 1, 3).sum().item()
+
+
+READS = [of_a_scalar, of_what_was_computed, of_a_branch, of_what_was_written, of_lists_and_arrays, of_constants]
+
+
+@pytest.mark.parametrize("read", READS)
+def test_numbers_in_constants_and_closed_over_tensors(read: Callable[..., Tensor], recordings: list[int]) -> None:
+    s = torch.tensor(2.0, dtype=torch.float64)
+
+    def model_fn(w: Tensor, x: Tensor) -> Tensor:
+        return read(s, w, x)
+
+    for number in (2.0, 3.0, 2.0, 3.0):
+        s.fill_(number)
+        torch.testing.assert_close(value(model_fn, W, X), read(s, W, X), rtol=0, atol=0)
+        assert s == number
+    assert len(recordings) == (1 if read is of_constants else 2)  # one for each number
+    vmapped = torch.vmap(lambda x: lrp.attribute(model_fn, lrp.gradient())(W, x[None], target=0))(X)
+    torch.testing.assert_close(vmapped[:, 0], lrp.attribute(model_fn, lrp.gradient())(W, X, target=0))
+
+
+def test_numbers_in_integer_arguments(recordings: list[int]) -> None:
+    def model_fn(w: Tensor, x: Tensor, length: Tensor) -> Tensor:
+        return x[:, : int(length)] @ w[: int(length)]
+
+    relevance_fn = lrp.attribute(model_fn, lrp.epsilon())
+    for length in (2, 3, 2, 3):
+        relevance = relevance_fn(W, X, torch.tensor(length), target=0)
+        assert [bool(r) for r in relevance.any(0)] == [i < length for i in range(4)]
+    assert len(recordings) == 2
+
+
+def test_compiled_code_holds_for_the_numbers_that_were_read() -> None:
+    s = torch.tensor(2.0, dtype=torch.float64)
+    relevance_fn = lrp.attribute(lambda w, x: x @ w * s.item(), lrp.gradient())
+    compiled = torch.compile(lambda x: relevance_fn(W, x, target=0), fullgraph=True, backend="aot_eager")
+    for number in (2.0, 3.0):
+        s.fill_(number)
+        torch.testing.assert_close(compiled(X), relevance_fn(W, X, target=0))
+
+
+# fmt: off
+def branches(w: Tensor, x: Tensor) -> Tensor:
+    if x.sum() > 0: return x @ w  # noqa: E701
+    return -x @ w
+# fmt: on
+
+
+def counts(w: Tensor, x: Tensor) -> Tensor:
+    return x[:, : int(x.argmax())] @ w
+
+
+LINES = {branches: "if x.sum() > 0: return x @ w", counts: "return x[:, : int(x.argmax())] @ w"}
+
+
+@pytest.mark.parametrize("model_fn", LINES)
+def test_an_unknown_number_names_the_line(model_fn: Callable[..., Tensor]) -> None:
+    with pytest.raises(lrp.CaptureError, match=r"asks for a number inside a tensor of shape \(\)") as caught:
+        lrp.attribute(model_fn, lrp.epsilon())(W, X, target=0)
+    assert LINES[model_fn] in str(caught.value)
+    assert f"{__file__}, line " in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+
+
+# -- torch's settings and logs
+
+
+def test_a_first_call_under_detect_anomaly() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, that the mode is slow
+        with torch.autograd.detect_anomaly():
+            w = W.clone().requires_grad_()
+            lrp.attribute(lambda w, x: (x @ w).relu(), lrp.epsilon(1.0))(w, X, target=0).sum().backward()
+            assert torch.is_anomaly_enabled()
+    assert w.grad is not None
+    assert not torch.is_anomaly_enabled()
+
+
+def test_recordings_are_silent_and_loggers_as_they_were(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = list(logger.filters), logger.level, logger.disabled, list(logger.handlers)
+    with pytest.raises(RuntimeError, match="square matrices"):
+        lrp.attribute(lambda w, x: torch.linalg.inv(x), lrp.epsilon())(W, X, target=0)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert (list(logger.filters), logger.level, logger.disabled, list(logger.handlers)) == before
+    caplog.clear()
+    logger.error("of somebody else")
+    assert len(caplog.records) == 1
+
+
+# -- what modules have as attributes
+
+
+class NoLength(tuple[Any, ...]):
+    def __len__(self) -> int:
+        raise RuntimeError("not to be measured")
+
+
+@pytest.mark.parametrize("make", [np.float32, np.int8, np.bool_, lambda k: NoLength((k, [NoLength((k,))]))])
+def test_attributes_of_modules(make: Any, recordings: list[int]) -> None:
+    class Scaled(nn.Linear):
+        factor: Any
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * float(next(iter(self.factor)) if type(self.factor) is NoLength else self.factor)
+
+    module = Scaled(4, 3, dtype=torch.float64)
+    module.factor = make(1)
+    model_fn, params = lrp.from_module(module)
+    for _ in range(2):
+        torch.testing.assert_close(value(model_fn, params, X), module(X))
+    assert len(recordings) == 1
+    module.factor = make(0)
+    torch.testing.assert_close(value(model_fn, params, X), module(X))
+
+
+@pytest.mark.parametrize("make", [fx.symbolic_trace, lambda m: torch.export.export(m, (X,)).module()])
+def test_modules_made_from_graphs_are_recorded_once(make: Any, recordings: list[int]) -> None:
+    module = make(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double())
+    graph, forward = module.graph, type(module).forward
+    model_fn, params = lrp.from_module(module)
+    for _ in range(3):
+        torch.testing.assert_close(value(model_fn, params, X), module(X))
+        value(lambda w, x: module(x), W, X)
+    assert len(recordings) == 2
+    assert module.graph is graph
+    assert graph.owning_module is module
+    assert type(module).forward is forward
