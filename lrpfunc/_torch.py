@@ -218,6 +218,15 @@ def mapped_over(tensor: Tensor) -> frozenset[int] | None:
     return None if is_differentiated(tensor) else frozenset(levels)
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a `vmap` that is running maps over the tensor, whatever else does."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def unmapped(tensor: Tensor) -> Tensor | None:
     """All that a tensor stands for inside of `vmap`, mapped dimensions first; `None` if that is not how it lies."""
     while functorch.is_functorch_wrapped_tensor(tensor):

@@ -200,3 +200,132 @@ def test_modules_made_from_graphs_are_recorded_once(make: Any, recordings: list[
     assert module.graph is graph
     assert graph.owning_module is module
     assert type(module).forward is forward
+
+
+# -- buffers
+
+
+class Averaged(nn.Module):
+    """Assigns a buffer where batch norms update theirs in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, 3, dtype=torch.float64)
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dense(x)
+        self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        self.calls = self.calls + 1
+        return y - self.mean
+
+
+def test_buffers_that_a_forward_pass_assigns(recordings: list[int]) -> None:
+    module, plain = Averaged(), Averaged()
+    plain.load_state_dict(module.state_dict())
+    model_fn, params = lrp.from_module(module, return_buffers=True)
+    relevance_fn = lrp.attribute(model_fn, lrp.epsilon(), has_aux=True)
+    for step in range(3):
+        plain(X + step)
+        before = dict(params)
+        _, buffers = relevance_fn(params, X + step, target=0)
+        assert buffers.keys() == {"mean", "calls"}
+        assert all(torch.equal(buffers[name], buffer) for name, buffer in plain.named_buffers())
+        assert all(params[name] is before[name] for name in before)
+        params |= buffers
+    assert len(recordings) == 1
+    assert not module.get_buffer("mean").any()
+
+
+def test_a_plain_call_leaves_the_parameters_as_they_were() -> None:
+    model_fn, params = lrp.from_module(Averaged())
+    before = dict(params)
+    model_fn(params, X)
+    assert all(params[name] is before[name] for name in before)
+
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1d": (lambda: nn.BatchNorm1d(3), (7, 3)),
+    "1d of sequences": (lambda: nn.BatchNorm1d(3), (6, 3, 5)),
+    "2d": (lambda: nn.BatchNorm2d(3), (4, 3, 5, 6)),
+    "2d large": (lambda: nn.BatchNorm2d(3), (16, 3, 28, 28)),
+    "3d": (lambda: nn.BatchNorm3d(3), (2, 3, 3, 4, 5)),
+    "plain": (lambda: nn.BatchNorm2d(3, affine=False, momentum=0.3), (4, 3, 5, 6)),
+    "cumulative": (lambda: nn.BatchNorm2d(3, momentum=None), (4, 3, 5, 6)),
+    "synchronized": (lambda: nn.SyncBatchNorm(3), (4, 3, 5, 6)),
+    "instances 1d": (lambda: nn.InstanceNorm1d(3, track_running_stats=True), (4, 3, 5)),
+    "instances 2d": (lambda: nn.InstanceNorm2d(3, track_running_stats=True, affine=True), (4, 3, 5, 6)),
+    "instances 3d": (lambda: nn.InstanceNorm3d(3, track_running_stats=True), (2, 3, 3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NORMS)
+def test_running_statistics_are_those_of_plain_training_to_the_bit(name: str, dtype: torch.dtype) -> None:
+    make, shape = NORMS[name]
+    module, plain = make().to(dtype), make().to(dtype)
+    model_fn, params = lrp.from_module(module, return_buffers=True)
+    forward = lrp.attribute_and_value(model_fn, lrp.gradient(), has_aux=True)
+
+    def loss(floats: dict[str, Tensor], params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        relevance, (output, buffers) = forward(params | floats, x, target=lambda output: output)
+        return (relevance.square().sum() + output.square().sum()), buffers
+
+    trained = dict(params)
+    for step in range(5):
+        x = normal(*shape, seed=step).to(dtype) * (step + 0.5) + step
+        expected = plain(x)
+        _, (output, buffers) = forward(params, x, target=lambda output: output)
+        assert torch.equal(output, expected)
+        floats = {key: t for key, t in trained.items() if t.is_floating_point()}
+        _, differentiated = torch.func.grad(loss, has_aux=True)(floats, trained, x)
+        for key, buffer in plain.named_buffers():
+            assert torch.equal(buffers[key], buffer)
+            assert torch.equal(differentiated[key], buffer)
+        params |= buffers
+        trained |= differentiated
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_running_statistics_under_transforms(norm: Any) -> None:
+    module = norm(3, track_running_stats=True, dtype=torch.float64)
+    model_fn, params = lrp.from_module(module, return_buffers=True)
+    relevance_fn = lrp.attribute(model_fn, lrp.gradient(), has_aux=True)
+    x = normal(2, 4, 3, 5)
+
+    def buffers(params: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        return relevance_fn(params, x, target=lambda output: output)[1]
+
+    mapped = torch.vmap(buffers, (None, 0))(params, x)
+    for index in range(2):
+        one = buffers(params, x[index])
+        torch.testing.assert_close({key: b[index] for key, b in mapped.items()}, one, rtol=1e-12, atol=1e-12)
+    slope = torch.func.grad(lambda mean: buffers({**params, "running_mean": mean}, x[0])["running_mean"].sum())
+    torch.testing.assert_close(slope(params["running_mean"]), torch.full((3,), 0.9, dtype=torch.float64))
+
+
+def test_a_cumulative_average_without_its_buffers_is_refused_in_words() -> None:
+    model_fn, params = lrp.from_module(nn.BatchNorm1d(3, momentum=None, dtype=torch.float64))
+    with pytest.raises(lrp.CaptureError, match="return_buffers=True"):
+        lrp.attribute(model_fn, lrp.gradient())(params, normal(5, 3), target=0)
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_spectral_norm_in_training(wrap: Any, recordings: list[int]) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(wrap(nn.Linear(4, 3)), nn.ReLU(), wrap(nn.Linear(3, 2))).double()
+    torch.manual_seed(0)
+    plain = nn.Sequential(wrap(nn.Linear(4, 3)), nn.ReLU(), wrap(nn.Linear(3, 2))).double()
+    model_fn, params = lrp.from_module(module, return_buffers=True)
+    forward = lrp.attribute_and_value(model_fn, lrp.gradient(), has_aux=True)
+    for step in range(3):
+        x = (X + step).requires_grad_()
+        expected = plain(x)
+        (gradient,) = torch.autograd.grad(expected.sum(), x)
+        relevance, (output, buffers) = forward(params, x.detach(), target=lambda output: torch.ones_like(output))
+        assert torch.equal(output, expected)
+        torch.testing.assert_close(relevance, gradient)
+        assert all(torch.equal(buffers[name], buffer) for name, buffer in plain.named_buffers())
+        params |= buffers
+    assert len(recordings) == 1

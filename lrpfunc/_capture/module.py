@@ -57,12 +57,12 @@ class ModelFunction:
         module = structural_copy(self.module)
         if recorder := current_recorder():
             recorder.watch(module)
-        if not self.return_buffers:
-            return self._explained(functional_call(module, params, args, kwargs))
-        # The module updates these clones in place; the caller's buffers stay as they are.
-        buffers = {name: params[name].clone() for name, _ in module.named_buffers() if name in params}
-        output = functional_call(module, {**params, **buffers}, args, kwargs)
-        return self._explained(output), buffers
+        # A module may assign a buffer, which then is in the dictionary, or update it in place, which needs a copy.
+        state = dict(params)
+        names = [name for name, _ in module.named_buffers() if name in params] if self.return_buffers else []
+        state |= {name: params[name].clone() for name in names}
+        output = self._explained(functional_call(module, state, args, kwargs))
+        return (output, {name: state[name] for name in names}) if self.return_buffers else output
 
     def _explained(self, output: Any) -> Any:
         return output if self.output is None else self.output(output)

@@ -26,7 +26,16 @@ from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
 from lrpfunc._ops.call import is_random, operation_name
-from lrpfunc._torch import FakeTensor, disable_current_modes, is_wrapped, origin, outside_transforms, schema, storage_of
+from lrpfunc._torch import (
+    FakeTensor,
+    disable_current_modes,
+    innermost,
+    is_mapped,
+    origin,
+    outside_transforms,
+    schema,
+    storage_of,
+)
 
 _WRITES_UNDECLARED = ("batch_norm", "instance_norm")
 
@@ -47,9 +56,9 @@ class Number:
 
     def holds(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether it is still the same."""
-        given = [tensors[place] for place in self.places]
+        given = [_known(tensors[place]) for place in self.places]
         with _on_real_numbers():
-            return all(map(_is_known, given)) and torch.equal(self.program(*given), self.value)
+            return all(tensor is not None for tensor in given) and torch.equal(self.program(*given), self.value)
 
 
 def number(tensor: Tensor, tensors: Sequence[Tensor | None]) -> Number | None:
@@ -62,8 +71,10 @@ def number(tensor: Tensor, tensors: Sequence[Tensor | None]) -> Number | None:
     inputs = [node for node in needed if node.op == "placeholder"]
     order = {node: place for place, node in enumerate(n for n in end.graph.nodes if n.op == "placeholder")}
     places = tuple(order[node] for node in inputs)
-    given = [tensors[place] for place in places]
-    if not all(map(_is_known, given)) or any(node.op == "call_function" and is_random(node) for node in needed):
+    given = [_known(tensors[place]) for place in places]
+    if any(tensor is None for tensor in given) or any(
+        node.op == "call_function" and is_random(node) for node in needed
+    ):
         return None
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
@@ -77,8 +88,12 @@ def number(tensor: Tensor, tensors: Sequence[Tensor | None]) -> Number | None:
         return Number(program, places, program(*given).clone())
 
 
-def _is_known(tensor: Tensor | None) -> bool:
-    return tensor is not None and not is_wrapped(tensor) and not isinstance(tensor, FakeTensor)
+def _known(tensor: Tensor | None) -> Tensor | None:
+    """The tensor that has the numbers, if there is one: none that `vmap` maps over, or that a compiler traces."""
+    if tensor is None or is_mapped(tensor):
+        return None
+    tensor = innermost(tensor)
+    return None if isinstance(tensor, FakeTensor) else tensor
 
 
 @contextlib.contextmanager

@@ -182,7 +182,7 @@ class State:
             f"the model function changes in place a tensor of shape {tuple(root.meta['val'].shape)} that it {kind}"
             + (f", in the module `{scope}`. " if scope else ". ")
             + "A function that is transformed must leave its arguments alone. The usual reason is a batch norm in "
-            "training mode, which updates its running statistics: capture it with\n\n"
+            "training mode, which updates its running statistics, or a spectral norm: capture it with\n\n"
             "    model_fn, params = lrpfunc.from_module(module, return_buffers=True)\n"
             "    relevance_fn = lrpfunc.attribute(model_fn, rules, has_aux=True)   # aux: the updated buffers\n\n"
             "or call module.eval(). For an operation such as `x += 1`, write `x = x + 1`"

@@ -188,7 +188,7 @@ _RECORDS = {
     "sign sgn round floor ceil trunc floor_divide angle heaviside": Operator(differentiable=False),
     "zeros_like ones_like full_like empty_like rand_like randn_like": Operator(differentiable=False),
     "new_zeros new_ones new_full new_empty bernoulli": Operator(differentiable=False),
-    "argmax argmin zeroed batch_statistics": Operator(differentiable=False),
+    "argmax argmin zeroed batch_statistics instance_statistics": Operator(differentiable=False),
     "dropout_mask": Operator(differentiable=False, nonnegative=_ALWAYS, random=True),
     # ----------------------------------------------------------------------------------------------------------
     # Of which torch knows no derivative
