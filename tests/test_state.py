@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, fx, nn
 
 import lrpfunc as lrp
+from lrpfunc import _tree as tree
 from lrpfunc._capture import capture as capture_module
 from tests.cases import normal
 
@@ -329,3 +332,139 @@ def test_spectral_norm_in_training(wrap: Any, recordings: list[int]) -> None:
         assert all(torch.equal(buffers[name], buffer) for name, buffer in plain.named_buffers())
         params |= buffers
     assert len(recordings) == 1
+
+
+# -- objects that a model function is given
+
+
+@dataclass
+class Keys:
+    """A cache of the user's own."""
+
+    count: int = 0
+    kept: list[Tensor] = field(default_factory=list)
+    names: dict[str, Any] = field(default_factory=dict)
+    last: Any = None
+
+
+def remembers(w: Tensor, x: Tensor, cache: Any) -> Tensor:
+    if isinstance(cache, Keys):
+        cache.kept.append(x @ w)
+        cache.names |= {"last": cache.kept[-1], str(cache.count): 1}
+        cache.count += 1
+        cache.last = cache.names.pop("first", None)
+        kept = cache.kept
+    elif isinstance(cache, dict):
+        cache["kept"] = kept = [*cache["kept"], x @ w]
+    else:
+        cache.append(x @ w)
+        kept = cache
+    return torch.stack(kept).sum(0).sigmoid()
+
+
+def keys(kept: list[Tensor]) -> Keys:
+    return Keys(1, kept, {"first": 1, "second": 2})
+
+
+@pytest.mark.parametrize("make", [list, lambda kept: {"kept": kept}, keys])
+def test_objects_that_are_given_come_back_unchanged(make: Any, recordings: list[int]) -> None:
+    constant = normal(2, 3, seed=5)
+    cache = make([constant])
+    relevance_fn = lrp.attribute(remembers, lrp.gradient())
+    plain_fn = lrp.attribute(lambda w, x: (x @ w + constant).sigmoid(), lrp.gradient())
+    for _ in range(3):
+        printed = repr(cache)
+        torch.testing.assert_close(relevance_fn(W, X, cache, target=1), plain_fn(W, X, target=1))
+        assert repr(cache) == printed
+        constant += 1  # what is in it is read anew
+    assert len(recordings) <= 2  # the plain function is recorded once for all
+
+
+def test_tensors_in_objects_that_are_given_are_changed_for_the_function_alone() -> None:
+    def model_fn(w: Tensor, x: Tensor, cache: Keys) -> Tensor:
+        cache.kept[0][0] += x[0] @ w
+        cache.kept[0].mul_(2)
+        return cache.kept[0] * x.sum()
+
+    def plain(w: Tensor, x: Tensor, kept: Tensor) -> Tensor:
+        return 2 * torch.stack([kept[0] + x[0] @ w, kept[1]]) * x.sum()
+
+    kept = normal(2, 3, seed=5)
+    cache = Keys(kept=[kept.clone()])
+    for _ in range(2):
+        found = lrp.attribute_and_value(model_fn, lrp.gradient())(W, X, cache, target=1)
+        torch.testing.assert_close(found, lrp.attribute_and_value(plain, lrp.gradient())(W, X, kept, target=1))
+        assert torch.equal(cache.kept[0], kept)
+    with pytest.raises(lrp.CaptureError, match=r"changes in place a tensor of shape \(2, 4\) that it was given"):
+        lrp.attribute(lambda w, x, y: (x @ w, y.add_(1))[0], lrp.gradient())(W, X, X.clone(), target=1)
+
+
+def llama() -> tuple[nn.Module, str]:
+    config = transformers.LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return transformers.LlamaForCausalLM(config), "model.embed_tokens"
+
+
+def gpt2() -> tuple[nn.Module, str]:
+    config = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1)
+    return transformers.GPT2LMHeadModel(config), "transformer.wte"
+
+
+def prefilled(module: nn.Module, cache: Any, tokens: Tensor) -> Any:
+    with torch.no_grad():
+        module(tokens, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def contents(cache: Any) -> list[Any]:
+    return [[getattr(layer, name, None) for name in ("keys", "values", "is_initialized")] for layer in cache.layers]
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("kind", ["dynamic", "made for the model", "static"])
+def test_generation_step_by_step_over_a_cache(make: Any, kind: str) -> None:
+    torch.manual_seed(0)
+    module, embedding = make()
+    module = module.double().eval()
+
+    def new_cache() -> Any:
+        if kind == "static":
+            return transformers.StaticCache(config=module.config, max_cache_len=8)
+        return transformers.DynamicCache(**({"config": module.config} if kind == "made for the model" else {}))
+
+    model_fn, params = lrp.from_module(module, output=lambda out: out.logits[:, -1])
+    relevance_fn = lrp.attribute_and_value(model_fn, lrp.attn_lrp(), layers=embedding)
+
+    # A plain function, which makes a cache of its own out of what it takes as constants.
+    def plain(params: dict[str, Tensor], token: Tensor, past: list[list[Tensor]]) -> Tensor:
+        cache = transformers.DynamicCache()
+        for place, (key, value) in enumerate(past):
+            cache.update(key.detach(), value.detach(), place)
+        return model_fn(params, token, past_key_values=cache, use_cache=True)
+
+    plain_fn = lrp.attribute_and_value(plain, lrp.attn_lrp(), layers=embedding)
+    cache = new_cache()
+    tokens, past = torch.tensor([[1, 2, 3]]), []
+    for _ in range(3):
+        before = tree.map(lambda t: t.clone() if isinstance(t, Tensor) else t, contents(cache))
+        (_, relevance), logits = relevance_fn(params, tokens, past_key_values=cache, use_cache=True, target=4)
+        after = contents(cache)
+        assert all(
+            torch.equal(a, b) if isinstance(a, Tensor) else a is b
+            for a, b in zip(tree.leaves(before), tree.leaves(after), strict=True)
+        )
+        (_, expected), expected_logits = plain_fn(params, tokens, past, target=4)
+        torch.testing.assert_close(relevance, expected, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(logits, expected_logits, rtol=1e-10, atol=1e-14)
+        prefilled(module, cache, tokens)  # the caller goes on
+        reached = int(cache.get_seq_length())
+        past = [[keys[:, :, :reached], values[:, :, :reached]] for keys, values, _ in contents(cache)]
+        tokens = logits.argmax(-1, keepdim=True)
+    assert reached == 5

@@ -80,6 +80,8 @@ class State:
 
     Args:
         given: The nodes of the trace that stand for arguments of the model function.
+        held: Those that stand for tensors in objects that it was given. Such an object, a cache of keys and values for
+            example, is its own to change for as long as it runs, and is afterwards what it was.
 
     Attributes:
         graph: The functional graph.
@@ -88,12 +90,13 @@ class State:
         autocast: The arguments of each autocast around it.
     """
 
-    def __init__(self, given: Collection[fx.Node]):
+    def __init__(self, given: Collection[fx.Node], held: Collection[fx.Node]):
         self.graph = fx.Graph()
         self.scopes: list[str] = []
         self.no_grad = False
         self.autocast: dict[fx.Node, tuple[Any, ...]] = {}
         self._given = given
+        self._held = held
         self._tensors: dict[fx.Node, _Read] = {}
 
     # -- the functional graph
@@ -151,8 +154,7 @@ class State:
         """Says that `old` was set to `new`, and with it whatever shares its memory."""
         tensor = self._tensors[old]
         memory, chain = tensor.memory, tensor.chain
-        if memory.root.op != "call_function":
-            self.refuse(memory.root)
+        self.check(memory.root)
         if chain and _overlaps(chain[-1].like):
             raise CaptureError(
                 "the model function writes through a view whose elements may share memory (as_strided, unfold, "
@@ -174,8 +176,10 @@ class State:
         content.meta["no_grad"] = False
         return content
 
-    def refuse(self, root: fx.Node) -> None:
+    def check(self, root: fx.Node) -> None:
         """Refuses a write to an input of the trace."""
+        if root.op == "call_function" or root in self._held:
+            return
         kind = "was given" if root in self._given else "closes over"
         scope = self.scopes[-1] if self.scopes else ""
         raise CaptureError(

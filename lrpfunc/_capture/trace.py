@@ -17,7 +17,7 @@ from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.identity import describe_tensor
 from lrpfunc._capture.isolation import isolated
 from lrpfunc._capture.markers import Recorder, recording
-from lrpfunc._capture.memory import forget_cached, is_cached
+from lrpfunc._capture.memory import forget_cached, is_cached, restoring
 from lrpfunc._capture.numbers import Number
 from lrpfunc._capture.returned import Returned, returned
 from lrpfunc._capture.watch import BeginsTransform, Watch, custom_functions, refusing, unknown_number
@@ -36,6 +36,7 @@ class Trace:
         events: Where modules begin and end, as the recorder saw it, with `True` for each marker; the markers are the
             last graph outputs.
         closed: How many placeholders stand for tensors of the environment.
+        held: The places of those that are in arguments of types that torch's pytree does not know.
         constants: Tensors that are no inputs, by the name they are read by: made by the function, mostly.
         numbers: Numbers in tensors that became part of it.
         stable: Whether the trace may be used again, where those are the same.
@@ -47,6 +48,7 @@ class Trace:
     aux: Returned
     events: list[tuple[str, str, list[bool], Any]]
     closed: int
+    held: set[int]
     constants: dict[str, Tensor]
     numbers: list[Number]
     stable: bool
@@ -134,6 +136,11 @@ def is_fake(value: Any, mode: FakeTensorMode | None = None) -> bool:
     return isinstance(value, FakeTensor) and (mode is None or value.fake_mode is mode)
 
 
+def _held(closed: Sequence[Tensor], model_fn: Callable[..., Any]) -> set[int]:
+    own = set(map(id, Environment(model_fn, transformed=True).tensors))
+    return {place for place, tensor in enumerate(closed) if id(tensor) not in own}
+
+
 def _is_continuous(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
@@ -163,6 +170,7 @@ def trace(
     """
     closed = reads.tensors
     before = Environment(*roots, transformed=True, remember=True)
+    restore = restoring(roots[1:])
     keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
     # Numbers in what can be explained are none that a program may be for.
@@ -191,6 +199,7 @@ def trace(
             raise
         finally:
             before.forget(is_own)
+            restore()
             if any(tensor() is not None for tensor in made):
                 forget_cached(is_own)
         if not (inline or again or custom_functions().keys() <= custom.keys()):
@@ -222,6 +231,7 @@ def trace(
         found["aux"],
         events,
         len(closed),
+        _held(closed, model_fn),
         values,
         watch.numbers,
         stable,
