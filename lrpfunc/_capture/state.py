@@ -65,7 +65,7 @@ class Memory:
 
 @dataclass(eq=False)
 class _Read:
-    """A tensor of the trace: the `detach` it is named by, its place in memory, and its value at the version read last."""
+    """A tensor of the trace: the `detach` it is by, its place in memory, and its value at the version read last."""
 
     memory: Memory
     name: fx.Node | None
