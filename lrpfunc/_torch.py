@@ -107,10 +107,11 @@ _RECORDING_LOGS = (
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def plainly() -> Iterator[None]:
     """Runs what is recorded without torch's logs of it, and without a check for NaN in gradients that have no numbers.
 
     Only this thread is quiet, and nothing of how logs are set up is changed. The check is for the whole process.
+    TorchScript runs operation by operation: what it has optimized is detached from its inputs for whoever records.
     """
     thread = threading.get_ident()
 
@@ -121,7 +122,7 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.addFilter(is_of_others)
     try:
-        with torch.autograd.set_detect_anomaly(False):
+        with torch.autograd.set_detect_anomaly(False), torch.jit.optimized_execution(False):
             yield
     finally:
         for logger in loggers:
@@ -252,6 +253,33 @@ def inside_transform() -> bool:
     return functorch.peek_interpreter_stack() is not None
 
 
+class _Nothing:
+    """Stands for `None` in what a function returns to a `vmap` around it, which takes tensors and containers alone.
+
+    It is a container of nothing, and is `None` again when the last `vmap` has gone.
+    """
+
+    def __repr__(self) -> str:
+        return "None"
+
+
+tree.register_container(_Nothing, lambda _: ((), None), lambda *_: _nothing(_transforms()[:-1]))
+
+
+def nothing() -> Any:
+    """`None`, as something that a function may return under `vmap`."""
+    return None if torch.compiler.is_compiling() else _nothing(_transforms())
+
+
+def _nothing(around: list[Any]) -> Any:
+    return _Nothing() if functorch.TransformType.Vmap in around else None
+
+
+def _transforms() -> list[Any]:
+    """The kinds of the transforms that are running in this thread, from the outside in."""
+    return [interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()]
+
+
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:
     """Runs what is in it as if none of them were."""
     return temporarily_clear_interpreter_stack()
@@ -290,6 +318,32 @@ def is_operator(kind: type) -> bool:
     return kind.__module__ == "torch._ops"
 
 
+def scripted_state(module: torch.jit.ScriptModule) -> dict[str, Any]:
+    """What a scripted module may assign: its attributes and its buffers. Python shows those that Python has set."""
+    inner: Any = module
+    if not isinstance(module, torch.jit.RecursiveScriptModule):
+        return {}
+    names = [*inner._concrete_type.get_attributes(), *(name for name, _ in module.named_buffers(recurse=False))]
+    return {name: inner._c.getattr(name) for name in names}
+
+
+def forget_optimized(scripted: Any) -> None:
+    """Has TorchScript compile a module or a function anew: what it has optimized runs apart from who records it."""
+    if isinstance(scripted, torch.jit.RecursiveScriptModule):
+        inner: Any = scripted
+        for name in inner._c._method_names():
+            inner._c._get_method(name)._debug_flush_compilation_cache()
+    elif isinstance(scripted, torch.jit.ScriptFunction):
+        scripted._debug_flush_compilation_cache()
+
+
+def set_scripted_state(module: torch.jit.ScriptModule, state: dict[str, Any]) -> None:
+    """Assigns them, as TorchScript does."""
+    inner: Any = module
+    for name, value in state.items():
+        inner._c.setattr(name, value)
+
+
 def schema(target: Any) -> Any:
     """What torch declares of an operation: its arguments, and which of them it writes to; `None` for functions.
 
@@ -304,5 +358,10 @@ def overload_name(target: Any) -> str:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tells the memory of a tensor apart, also of one without data; `data_ptr` is only for those that have."""
+    """What tells the memory of a tensor apart, also of one without data; `data_ptr` is only for those that have.
+
+    A sparse tensor has several, which no other tensor is a view of.
+    """
+    if tensor.layout is not torch.strided:
+        return id(tensor)
     return tensor.untyped_storage()._cdata

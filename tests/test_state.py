@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import pytest
@@ -468,3 +471,150 @@ def test_generation_step_by_step_over_a_cache(make: Any, kind: str) -> None:
         past = [[keys[:, :, :reached], values[:, :, :reached]] for keys, values, _ in contents(cache)]
         tokens = logits.argmax(-1, keepdim=True)
     assert reached == 5
+
+
+# -- what a trace leaves where Python does not see it
+
+
+class Counting(nn.Module):
+    """Assigns to a buffer, a number, a list and a dictionary."""
+
+    __annotations__ = {"log": list[Tensor], "named": dict[str, Tensor], "last": Optional[Tensor]}  # noqa: UP045 (TorchScript)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(3, dtype=torch.float64))
+        self.log, self.named, self.last, self.count = [], {}, None, 0
+
+    def forward(self, y: Tensor) -> Tensor:
+        self.state = self.state * 0.9 + y.detach().mean(0)
+        self.log.append(y)
+        self.named["last"] = y
+        self.last = y
+        self.count += 1
+        return y + self.state
+
+
+def found_in(module: Any) -> list[Any]:
+    return [module.state, module.log, module.named, module.last, module.count]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_scripted_modules_are_put_back() -> None:
+    module = torch.jit.script(nn.Sequential(nn.Linear(4, 3, dtype=torch.float64), Counting()))
+    relevance_fn = lrp.attribute_and_value(lambda x: module(x), lrp.gradient(), argnums=0)
+    counting = dict(module.named_children())["1"]
+    for step in range(3):
+        before = found_in(counting)
+        _, output = relevance_fn(X, target=0)
+        assert all(a is b or a == b for a, b in zip(found_in(counting), before, strict=True))
+        expected = module(X)  # which goes on from there
+        assert type(expected) is Tensor
+        assert torch.equal(output, expected)
+        assert counting.count == step + 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_scripted_modules_are_put_back_after_an_error() -> None:
+    module = torch.jit.script(nn.Sequential(Counting(), nn.BatchNorm1d(3, dtype=torch.float64)))
+    with pytest.raises(lrp.CaptureError, match="changes in place"):  # the statistics
+        lrp.attribute(lambda x: module(x), lrp.gradient(), argnums=0)(normal(5, 3), target=0)
+    norm = dict(module.named_children())["1"]
+    assert norm.num_batches_tracked == 0
+    assert dict(module.named_children())["0"].count == 0
+    assert type(module(normal(5, 3))) is Tensor
+
+
+def test_what_stays_where_nobody_looks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = types.ModuleType("hidden_state")
+    vars(hidden)["kept"] = {}
+    monkeypatch.setitem(sys.modules, "hidden_state", hidden)
+
+    def model_fn(w: Tensor, x: Tensor) -> Tensor:
+        importlib.import_module("hidden_" + "state").kept["last"] = y = x @ w
+        return y * 1.0
+
+    with pytest.raises(lrp.CaptureError, match=r"keeps a tensor that it computed, in `hidden_state.kept\['last'\]`"):
+        lrp.attribute(model_fn, lrp.gradient())(W, X, target=0)
+
+
+# -- subclasses of tensors
+
+
+class Plain(Tensor):
+    """Has a name of its own, and nothing else."""
+
+
+class Doubling(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result * 2 if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) else result
+
+
+def test_tensors_that_do_otherwise_are_refused_by_name() -> None:
+    doubled = X.as_subclass(Doubling)
+    with pytest.raises(lrp.InputError, match=r"test_state\.Doubling says by its own `__torch_function__`"):
+        lrp.attribute(lambda w, x: x @ w, lrp.gradient())(W, doubled, target=0)
+    with pytest.raises(lrp.InputError, match=r"test_state\.Doubling says by its own `__torch_function__`"):
+        lrp.attribute(lambda w, x: (x * doubled) @ w, lrp.gradient())(W, X, target=0)
+    for x in (X.as_subclass(Plain), nn.Parameter(X), nn.Buffer(X)):
+        assert torch.equal(value(lambda w, x: x @ w, W, x), X @ W)
+
+
+# -- sparse tensors
+
+
+@pytest.mark.parametrize("product", [torch.sparse.mm, torch.mm, lambda a, x: a @ x])
+@pytest.mark.parametrize("lowered", [True, False])
+def test_closed_over_sparse_tensors(product: Any, lowered: bool, recordings: list[int]) -> None:
+    dense = torch.tensor([[0.0, 2.0], [-1.0, 0.5]], dtype=torch.float64)
+    adjacency = dense.to_sparse()
+
+    def propagated(w: Tensor, x: Tensor) -> Tensor:
+        return product(adjacency, x).relu() @ w
+
+    relevance_fn = lrp.attribute_and_value(propagated, lrp.epsilon(), lowered=lowered)
+    plain_fn = lrp.attribute_and_value(lambda w, x: (dense @ x).relu() @ w, lrp.epsilon(), lowered=lowered)
+    for _ in range(2):
+        torch.testing.assert_close(relevance_fn(W, X, target=1), plain_fn(W, X, target=1))
+        assert torch.equal(relevance_fn(W, X, target=1)[1], propagated(W, X))
+    assert len(recordings) <= 2
+    adjacency.values().mul_(3)  # is read anew
+    dense.mul_(3)
+    torch.testing.assert_close(relevance_fn(W, X, target=1), plain_fn(W, X, target=1))
+    adjacency = (2 * dense).to_sparse()
+    dense.mul_(2)
+    torch.testing.assert_close(relevance_fn(W, X, target=1), plain_fn(W, X, target=1))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+def test_other_sparse_layouts_are_refused_in_words() -> None:
+    adjacency = torch.eye(2, dtype=torch.float64).to_sparse_csr()
+    with pytest.raises(lrp.CaptureError, match=r"layout torch.sparse_csr.*\n?.*to_sparse_coo\(\)"):
+        lrp.attribute(lambda w, x: adjacency @ x @ w, lrp.epsilon())(W, X, target=0)
+
+
+# -- nothing under vmap
+
+
+def test_targets_are_mapped_over_where_the_input_is_integers() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3)).double()
+    model_fn, params = lrp.from_module(model)
+    ids = torch.tensor([[1, 2], [3, 4]])
+    relevance_fn = lrp.attribute(lambda p, t: model_fn(p, t).sum(1), lrp.epsilon(), layers="0")
+    targets = torch.arange(3)
+    mapped = torch.vmap(lambda t: relevance_fn(params, ids, target=t))(targets)
+    nested = torch.vmap(torch.vmap(lambda t: relevance_fn(params, ids, target=t)))(targets[None])
+    inside = torch.vmap(
+        lambda t: torch.func.grad(
+            lambda p: (relevance_fn(p, ids, target=t)[1]["0"].sum(), relevance_fn(p, ids, target=t)), has_aux=True
+        )(params)[1]
+    )(targets)
+    assert mapped[0] is nested[0] is inside[0] is None
+    for target in range(3):
+        nothing, expected = relevance_fn(params, ids, target=target)
+        assert nothing is None
+        torch.testing.assert_close(mapped[1]["0"][target], expected["0"])
+        torch.testing.assert_close(nested[1]["0"][0, target], expected["0"])
+        torch.testing.assert_close(inside[1]["0"][target], expected["0"])

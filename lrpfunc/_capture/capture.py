@@ -15,7 +15,7 @@ from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.functional import functional
-from lrpfunc._capture.identity import describe_tensor, identity
+from lrpfunc._capture.identity import check_tensor_type, describe_tensor, identity
 from lrpfunc._capture.isolation import alone, isolated, surroundings
 from lrpfunc._capture.module import ModelFunction
 from lrpfunc._capture.program import Program
@@ -48,6 +48,8 @@ def capture(
     key = (reads.key, described, spec, has_aux, inline, *surroundings())
     programs = _programs  # what `clear_cache` begins anew gets no program that was recorded before
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    for kind in {type(tensor) for tensor in (*given, *reads.tensors)}:
+        check_tensor_type(kind)
     read = [None, *reads.tensors, *given]  # in the order of a trace's placeholders
     program = _found(programs.get(key), read)
     if program is None:

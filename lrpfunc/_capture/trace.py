@@ -16,6 +16,7 @@ from lrpfunc import _tree as tree
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.identity import describe_tensor
 from lrpfunc._capture.isolation import isolated
+from lrpfunc._capture.leftovers import holder, restoring_scripts
 from lrpfunc._capture.markers import Recorder, recording
 from lrpfunc._capture.memory import forget_cached, is_cached, restoring
 from lrpfunc._capture.numbers import Number
@@ -141,6 +142,19 @@ def _held(closed: Sequence[Tensor], model_fn: Callable[..., Any]) -> set[int]:
     return {place for place, tensor in enumerate(closed) if id(tensor) not in own}
 
 
+def _check_nothing_is_left(made: Sequence[weakref.ref[Tensor]]) -> None:
+    """Names what still holds a tensor of a trace, which has no numbers: nobody could go on with it."""
+    left = [tensor for tensor in (reference() for reference in made) if tensor is not None]
+    name = holder(left) if left else None
+    if name is not None:
+        raise CaptureError(
+            f"the model function keeps a tensor that it computed, in `{name}`, where it is not looked for. While it is "
+            "recorded the tensor has no numbers, and whoever finds it there cannot go on: set it to what it was "
+            "before. Return the tensor beside the output instead, for example\n\n"
+            "    return output, hidden  # lrpfunc.attribute(model_fn, rules, has_aux=True)"
+        )
+
+
 def _is_continuous(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
@@ -170,7 +184,7 @@ def trace(
     """
     closed = reads.tensors
     before = Environment(*roots, transformed=True, remember=True)
-    restore = restoring(roots[1:])
+    undo = restoring(roots[1:]), restoring_scripts(before.met())
     keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
     # Numbers in what can be explained are none that a program may be for.
@@ -198,10 +212,11 @@ def trace(
                 raise CaptureError(unknown_number(None, error.__traceback__)) from None
             raise
         finally:
-            before.forget(is_own)
-            restore()
+            for put_back in (functools.partial(before.forget, is_own), *undo):
+                put_back()
             if any(tensor() is not None for tensor in made):
                 forget_cached(is_own)
+        _check_nothing_is_left(made)
         if not (inline or again or custom_functions().keys() <= custom.keys()):
             return attempt(before_dispatch, again=True)  # the model function defines such a class when it is called
         return result
@@ -211,8 +226,10 @@ def trace(
     constants = [node for node in module.graph.nodes if node.op == "get_attr"]
     # A constant that the function made is copied at once; any other one may be a tensor that was missed.
     values = {node.target: getattr(module, node.target) for node in constants}
+    met = set(map(id, before.met()))  # a sparse tensor among it is no input, but the same one as long as the key is
     own = all(
         all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
+        or (values[node.target].is_sparse and id(values[node.target]) in met)
         or is_cached(values[node.target])
         for node in constants
     )

@@ -152,6 +152,8 @@ class Watch(TorchFunctionMode):
             raise CaptureError(_PACKED)
         if name in self._READS:
             return self._read(name, func, args, kwargs or {})
+        if name != "__get__":
+            _check_layouts((args, kwargs))
         if func == _DATA:  # a trace does not see `.data`
             result = self._replaced(args[0]).detach()
         else:
@@ -193,6 +195,15 @@ class Watch(TorchFunctionMode):
         if type(value) is dict:
             return {key: self._replaced(item) for key, item in value.items()}
         return value
+
+
+def _check_layouts(operands: Any) -> None:
+    for leaf in tree.leaves(operands):
+        if isinstance(leaf, Tensor) and leaf.layout not in (torch.strided, torch.sparse_coo):
+            raise CaptureError(
+                f"the model function computes with a tensor of layout {leaf.layout}, which cannot be recorded. Convert "
+                "it once, outside of the function: tensor.to_sparse_coo()"
+            )
 
 
 def _is_called_by(function: Any) -> bool:
