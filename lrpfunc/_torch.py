@@ -7,6 +7,8 @@ another version of torch.
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ from torch._tensor_str import printoptions as printoptions
 
 # The recorder. `torch.export.export(strict=False)` is its public face, for modules and whole operations only.
 from torch.fx.experimental.proxy_tensor import get_proxy_mode as get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_slot
 from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 
 # Documented for graph passes, but not typed.
@@ -97,6 +100,38 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
+# Where torch says at length what an operation on tensors without data has failed on, before it raises that.
+_RECORDING_LOGS = (
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.fx.experimental.recording",
+    "torch.fx.experimental.proxy_tensor",
+)
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Runs what is recorded without torch's logs of it, and without a check for NaN in gradients that have no numbers.
+
+    Only this thread is quiet, and nothing of how logs are set up is changed. The check is for the whole process.
+    TorchScript runs operation by operation: what it has optimized is detached from its inputs for whoever records.
+    """
+    thread = threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    loggers = [logging.getLogger(name) for name in _RECORDING_LOGS]
+    for logger in loggers:
+        logger.addFilter(is_of_others)
+    try:
+        with torch.autograd.set_detect_anomaly(False), torch.jit.optimized_execution(False):
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_of_others)
+
+
 def install_guard(obj: Any, state: Callable[[Any], Any], reason: str) -> None:
     """Makes Dynamo trace what it is tracing anew as soon as `state(obj)` is another.
 
@@ -117,6 +152,13 @@ def install_guard(obj: Any, state: Callable[[Any], Any], reason: str) -> None:
         )
 
     install_guard(Guard(GlobalStateSource(), create))
+
+
+def origin(tensor: Tensor) -> tuple[fx.Node, torch.nn.Module] | None:
+    """What gave a tensor of the recording that is going on in this thread, and the module of its constants."""
+    mode: Any = get_proxy_mode()
+    slot: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    return None if slot is None else (slot.proxy.node, mode.tracer.root)
 
 
 _constants: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -187,6 +229,15 @@ def mapped_over(tensor: Tensor) -> frozenset[int] | None:
     return None if is_differentiated(tensor) else frozenset(levels)
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a `vmap` that is running maps over the tensor, whatever else does."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def unmapped(tensor: Tensor) -> Tensor | None:
     """All that a tensor stands for inside of `vmap`, mapped dimensions first; `None` if that is not how it lies."""
     while functorch.is_functorch_wrapped_tensor(tensor):
@@ -210,6 +261,33 @@ def innermost(tensor: Tensor) -> Tensor:
 def inside_transform() -> bool:
     """Whether a torch.func transform is running in this thread."""
     return functorch.peek_interpreter_stack() is not None
+
+
+class _Nothing:
+    """Stands for `None` in what a function returns to a `vmap` around it, which takes tensors and containers alone.
+
+    It is a container of nothing, and is `None` again when the last `vmap` has gone.
+    """
+
+    def __repr__(self) -> str:
+        return "None"
+
+
+tree.register_container(_Nothing, lambda _: ((), None), lambda *_: _nothing(_transforms()[:-1]))
+
+
+def nothing() -> Any:
+    """`None`, as something that a function may return under `vmap`."""
+    return None if torch.compiler.is_compiling() else _nothing(_transforms())
+
+
+def _nothing(around: list[Any]) -> Any:
+    return _Nothing() if functorch.TransformType.Vmap in around else None
+
+
+def _transforms() -> list[Any]:
+    """The kinds of the transforms that are running in this thread, from the outside in."""
+    return [interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()]
 
 
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:
@@ -250,6 +328,32 @@ def is_operator(kind: type) -> bool:
     return kind.__module__ == "torch._ops"
 
 
+def scripted_state(module: torch.jit.ScriptModule) -> dict[str, Any]:
+    """What a scripted module may assign: its attributes and its buffers. Python shows those that Python has set."""
+    inner: Any = module
+    if not isinstance(module, torch.jit.RecursiveScriptModule):
+        return {}
+    names = [*inner._concrete_type.get_attributes(), *(name for name, _ in module.named_buffers(recurse=False))]
+    return {name: inner._c.getattr(name) for name in names}
+
+
+def forget_optimized(scripted: Any) -> None:
+    """Has TorchScript compile a module or a function anew: what it has optimized runs apart from who records it."""
+    if isinstance(scripted, torch.jit.RecursiveScriptModule):
+        inner: Any = scripted
+        for name in inner._c._method_names():
+            inner._c._get_method(name)._debug_flush_compilation_cache()
+    elif isinstance(scripted, torch.jit.ScriptFunction):
+        scripted._debug_flush_compilation_cache()
+
+
+def set_scripted_state(module: torch.jit.ScriptModule, state: dict[str, Any]) -> None:
+    """Assigns them, as TorchScript does."""
+    inner: Any = module
+    for name, value in state.items():
+        inner._c.setattr(name, value)
+
+
 def schema(target: Any) -> Any:
     """What torch declares of an operation: its arguments, and which of them it writes to; `None` for functions.
 
@@ -278,5 +382,10 @@ def decomposition(target: Any) -> Callable[..., Any] | None:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tells the memory of a tensor apart, also of one without data; `data_ptr` is only for those that have."""
+    """What tells the memory of a tensor apart, also of one without data; `data_ptr` is only for those that have.
+
+    A sparse tensor has several, which no other tensor is a view of.
+    """
+    if tensor.layout is not torch.strided:
+        return id(tensor)
     return tensor.untyped_storage()._cdata

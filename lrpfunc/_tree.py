@@ -14,7 +14,8 @@ import optree
 import optree.registry
 from torch.utils._pytree import GetAttrKey as AttributeKey
 from torch.utils._pytree import SequenceKey as IndexKey
-from torch.utils._pytree import key_get, keystr, register_pytree_node
+from torch.utils._pytree import key_get, keystr
+from torch.utils._pytree import register_pytree_node as register_container
 from torch.utils._pytree import tree_flatten as flatten
 from torch.utils._pytree import tree_flatten_with_path as flatten_with_path
 from torch.utils._pytree import tree_leaves as leaves
@@ -42,6 +43,7 @@ __all__ = [
     "names",
     "path_name",
     "register",
+    "register_container",
     "structure",
     "unflatten",
 ]
@@ -98,7 +100,7 @@ def register(
         keyed, structure = flatten(obj)
         return [child for _, child in keyed], structure, tuple(key for key, _ in keyed)
 
-    register_pytree_node(cls, children, unflatten, flatten_with_keys_fn=lambda obj: tuple(flatten(obj)))  # pyright: ignore[reportArgumentType]
+    register_container(cls, children, unflatten, flatten_with_keys_fn=lambda obj: tuple(flatten(obj)))  # pyright: ignore[reportArgumentType]
     optree.register_pytree_node(
         cls,
         entries,  # pyright: ignore[reportArgumentType]

@@ -271,6 +271,7 @@ _SAMPLES: dict[str, Sample] = {
     "bernoulli": lambda d: (d.positive(3, 4) / 2,),
     "dropout_mask": lambda d: (d(3, 4), 0.5, "dropout"),
     "batch_statistics": lambda d: (d(3, 4), d(4), d.positive(4), 0.1),
+    "instance_statistics": lambda d: (d(2, 4, 3), d(4), d.positive(4), 0.1),
     "fused": lambda d: (torch.ops.aten.relu.default, d(3, 4)),
     "special_hermite_polynomial_h special_hermite_polynomial_he": lambda d: (d(3, 4), d.index(3, 3, 4).double()),
     "special_laguerre_polynomial_l special_legendre_polynomial_p": lambda d: (d(3, 4), d.index(3, 3, 4).double()),

@@ -11,15 +11,17 @@ from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.functional import functional
-from lrpfunc._capture.identity import describe_tensor
+from lrpfunc._capture.identity import check_tensor_type, describe_tensor
 from lrpfunc._capture.isolation import alone, isolated, surroundings
 from lrpfunc._capture.program import Program
 from lrpfunc._capture.trace import trace
 from lrpfunc._capture.warned import subject_of, times, warn
 from lrpfunc._errors import CaptureWarning
+from lrpfunc._torch import constant
 
 _SIZE = 128
-_programs: Cache[Program] = Cache(_SIZE)
+_ALTERNATIVES = 8  # programs for one key, which differ in numbers that were read out of tensors
+_programs: Cache[tuple[Program, ...]] = Cache(_SIZE)
 
 
 def capture(
@@ -40,20 +42,30 @@ def capture(
     described = tuple(describe_tensor(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
     key = (reads.key, described, spec, has_aux, inline, *surroundings())
     programs = _programs  # what `clear_cache` begins anew gets no program that was recorded before
-    program = programs.get(key)
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    for kind in {type(tensor) for tensor in (*given, *reads.tensors)}:
+        check_tensor_type(kind)
+    read = [None, *reads.tensors, *given]  # in the order of a trace's placeholders
+    program = _found(programs.get(key), read)
     if program is None:
         changed = None
         with alone():
-            program = programs.get(key)  # another thread may have been first
+            program = _found(programs.get(key), read)  # another thread may have been first
             if program is None:
                 traced = trace(model_fn, leaves, spec, has_aux, inline, reads, roots)
                 program = isolated(lambda: functional(traced))
                 _name_inputs(program, args)
                 if traced.stable:
-                    programs.put(key, program)
+                    programs.put(key, (program, *(programs.get(key) or ()))[:_ALTERNATIVES])
                 changed = traced.changed
         _warn(model_fn, reads.unknown, changed)
-    return program, [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *program.enclosed(reads.tensors)]
+    constant(read[place] for number in program.numbers for place in number.places)
+    return program, [*given, *program.enclosed(reads.tensors)]
+
+
+def _found(programs: Sequence[Program] | None, tensors: Sequence[Tensor | None]) -> Program | None:
+    """The program that is for the numbers in these tensors."""
+    return next((p for p in programs or () if all(number.holds(tensors) for number in p.numbers)), None)
 
 
 def clear_cache() -> None:

@@ -149,7 +149,7 @@ class Environment:
     def _sequence(self, obj: Any) -> None:
         # A set stands in its order, too: the tensors in it must be met in the same order each time.
         self._remember(obj)
-        items = list(obj)
+        items = list(iter(obj))  # whose length may be an error
         self._parts += (type(obj), len(items))
         if len(items) > _LONG and all(type(item) in (int, float) for item in items):
             self._parts.append(hashlib.blake2b(repr(items).encode()).digest())

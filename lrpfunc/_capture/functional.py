@@ -45,12 +45,13 @@ def functional(trace: Trace) -> Program:
     returned = list(trace.module.graph.output_node().args[0])  # type: ignore[arg-type]
     markers = _markers(trace, returned)
     handlers = HANDLERS | ATTENTION_KERNELS if trace.after_dispatch else HANDLERS
-    state = State(given=placeholders[trace.closed :])
+    state = State(given=placeholders[trace.closed :], held={placeholders[place] for place in trace.held})
+    given: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         if node in markers:
             _mark(state, node, trace, *markers[node])
         elif node.op in ("placeholder", "get_attr") and node is not tick:
-            _input(state, node, trace)
+            given[node] = _input(state, node, trace)
         elif node.op == "call_function":
             handlers.get(operation_name(node), default)(state, node)
 
@@ -58,11 +59,11 @@ def functional(trace: Trace) -> Program:
     state.graph.output(tuple(results))
     drop_dead(state.graph)
     count = trace.outputs[0].count(None)
-    inputs = [state.read(node) for node in placeholders]
+    inputs = [given[node] for node in placeholders]
     constants = [node for node in nodes if node.op == "get_attr"]
     closed: list[tuple[fx.Node, int | Tensor]] = [
         *((node, index) for index, node in enumerate(inputs[: trace.closed]) if node.users),
-        *((state.read(node), trace.constants[str(node.target)]) for node in constants),
+        *((given[node], trace.constants[str(node.target)]) for node in constants),
     ]
     return Program(
         graph=state.graph,
@@ -73,13 +74,14 @@ def functional(trace: Trace) -> Program:
         aux=results[count:],
         aux_spec=trace.aux,
         modules=_modules(state, trace, markers),
+        numbers=trace.numbers,
     )
 
 
 # -- inputs, and the modes of torch
 
 
-def _input(state: State, node: fx.Node, trace: Trace) -> None:
+def _input(state: State, node: fx.Node, trace: Trace) -> fx.Node:
     new = state.graph.placeholder(node.name)
     value = node.meta.get("val")
     if value is None and node.op == "get_attr":
@@ -87,6 +89,7 @@ def _input(state: State, node: fx.Node, trace: Trace) -> None:
         node.meta["val"] = value
     new.meta = {"val": value, "scopes": (), "no_grad": False, "autocast": ()}
     state.define(node, new)
+    return new
 
 
 def _set_grad_enabled(state: State, node: fx.Node) -> None:

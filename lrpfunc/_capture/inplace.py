@@ -41,8 +41,7 @@ def write(state: State, node: fx.Node) -> None:
         )
     if torch.Tag.inplace_view in target.tags and found is not aten.detach.default:
         # unsqueeze_, t_: no new numbers, but both names now mean another view of the same memory
-        if old.op != "call_function":
-            state.refuse(old)
+        state.check(old)
         step = Step(found, node.args[1:], dict(node.kwargs), after, state.no_grad)
         new = state.emit(found, (state.read(old), *step.args), step.kwargs, after)
         state.define_view(old, new, old, step)

@@ -15,6 +15,7 @@ from lrpfunc._ops.functions import (
     batch_norm_train,
     batch_statistics,
     dropout_mask,
+    instance_statistics,
     scaled_dot_product_attention,
 )
 from lrpfunc._torch import aten, schema
@@ -88,19 +89,27 @@ def _normalized(state: State, node: fx.Node, args: Any, like: Any) -> fx.Node:
     if not training:
         return state.emit(batch_norm_eval, (x, weight, bias, mean, var, eps), None, like)
     new = state.emit(batch_norm_train, (x, weight, bias, eps), None, like)
-    if mean is not None or var is not None:
-        statistics = state.emit(batch_statistics, (x, mean, var, momentum), None, None)
-        for index, old in enumerate(node.args[3:5]):
-            if isinstance(old, fx.Node):
-                state.write(old, state.emit(operator.getitem, (statistics, index), None, old.meta["val"]))
+    _update(state, node, batch_statistics, (x, mean, var, momentum))
     return new
 
 
 def _instance_norm(state: State, node: fx.Node) -> None:
-    running, uses_input = node.args[3], node.args[5]
-    if isinstance(running, fx.Node) and uses_input:  # it writes to them, which its schema does not say
-        state.refuse(running)
-    default(state, node)
+    x, weight, bias, mean, var, training, momentum, *rest = state.operands(node)[0]
+    if not training:
+        return default(state, node)
+    target: Any = node.target
+    state.define(node, state.emit(target, (x, weight, bias, None, None, True, momentum, *rest), None, node.meta["val"]))
+    _update(state, node, instance_statistics, (x, mean, var, momentum))
+
+
+def _update(state: State, node: fx.Node, statistics: Any, args: Any) -> None:
+    """The update of running statistics as a write to them, which the schemas do not say."""
+    if not any(isinstance(old, fx.Node) for old in node.args[3:5]):
+        return
+    new = state.emit(statistics, args, None, None)
+    for index, old in enumerate(node.args[3:5]):
+        if isinstance(old, fx.Node):
+            state.write(old, state.emit(operator.getitem, (new, index), None, old.meta["val"]))
 
 
 # -- kernels of several results

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from lrpfunc._capture.identity import attributes, slots
+from lrpfunc._capture.policy import PLAIN, policy
 
 IsForeign = Callable[[Any], bool]
 _ABSENT: Any = object()
@@ -201,7 +202,7 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
-        return list(value)
+        return list(iter(value))
     if isinstance(value, types.FunctionType):
         return [*map(contents, value.__closure__ or ()), *(value.__defaults__ or ())]
     if isinstance(value, functools.partial):
@@ -209,6 +210,60 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, types.MethodType):
         return [value.__self__]
     return [part for _, part in attributes(value)]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def restoring(arguments: Iterable[Any]) -> Callable[[], None]:
+    """Remembers what is in objects and containers that a function is given; what it returns puts all of that back.
+
+    A function that is transformed leaves its arguments alone, also one that appends to a cache of keys and values.
+    """
+    undo: list[Callable[[], None]] = []
+    known: dict[int, Any] = {}  # alive, so that no id is used again
+    pending = list(arguments)
+    while pending:
+        obj = pending.pop()
+        kind = type(obj)
+        if id(obj) in known or kind in PLAIN or policy(kind) not in ("_mapping", "_sequence", "_instance"):
+            continue
+        known[id(obj)] = obj
+        pending += _parts(obj)
+        if isinstance(obj, dict):
+            undo.append(functools.partial(_restore_mapping, obj, list(_ordered(obj).items(obj))))
+        elif isinstance(obj, (list, collections.deque, set)):
+            undo.append(functools.partial(_restore_items, obj, list(iter(obj))))
+        if isinstance(own := getattr(obj, "__dict__", None), dict):
+            undo.append(functools.partial(_restore_mapping, own, list(own.items())))
+        undo += [functools.partial(_restore_slot, slot, obj, _slot(slot, obj)) for slot in slots(kind)]
+    return lambda: [put_back() for put_back in undo] and None
+
+
+def _ordered(space: dict[Any, Any]) -> type[dict[Any, Any]]:
+    """The class whose methods keep the order of `space`."""
+    return collections.OrderedDict if isinstance(space, collections.OrderedDict) else dict
+
+
+def _restore_mapping(space: dict[Any, Any], before: list[tuple[Any, Any]]) -> None:
+    methods = _ordered(space)
+    now = list(methods.items(space))
+    if [(id(key), id(value)) for key, value in now] != [(id(key), id(value)) for key, value in before]:
+        methods.clear(space)
+        methods.update(space, before)
+
+
+def _restore_items(items: Any, before: list[Any]) -> None:
+    if list(map(id, items)) != list(map(id, before)):
+        items.clear()
+        (items.update if isinstance(items, set) else items.extend)(before)
+
+
+def _restore_slot(slot: Any, obj: Any, before: Any) -> None:
+    if _slot(slot, obj) is before:
+        return
+    slot.__delete__(obj) if before is _ABSENT else slot.__set__(obj, before)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from lrpfunc._capture.markers import current_recorder
@@ -27,7 +27,7 @@ def structural_copy(module: nn.Module) -> nn.Module:
         if isinstance(obj, nn.Module):
             children = list(vars(obj).values())
         else:
-            children = list(obj.values()) if isinstance(obj, dict) else list(obj)
+            children = list(obj.values()) if isinstance(obj, dict) else list(iter(obj))  # without its length
         for child in children:
             if id(child) in visited:
                 continue
@@ -36,6 +36,11 @@ def structural_copy(module: nn.Module) -> nn.Module:
                 pending.append(child)
             elif not callable(getattr(child, "__func__", None)):  # bound methods follow their copied module
                 shared[id(child)] = child
+    # What `fx` makes is otherwise compiled anew, from a graph that is then told that it belongs to the copy.
+    graphs = [obj for obj in module.modules() if isinstance(obj, fx.GraphModule)]
+    shared |= {id(obj): object.__new__(type(obj)) for obj in graphs}
+    for obj in graphs:
+        vars(shared[id(obj)]).update(copy.deepcopy(vars(obj), shared))
     return copy.deepcopy(module, shared)
 
 
@@ -52,12 +57,12 @@ class ModelFunction:
         module = structural_copy(self.module)
         if recorder := current_recorder():
             recorder.watch(module)
-        if not self.return_buffers:
-            return self._explained(functional_call(module, params, args, kwargs))
-        # The module updates these clones in place; the caller's buffers stay as they are.
-        buffers = {name: params[name].clone() for name, _ in module.named_buffers() if name in params}
-        output = functional_call(module, {**params, **buffers}, args, kwargs)
-        return self._explained(output), buffers
+        # A module may assign a buffer, which then is in the dictionary, or update it in place, which needs a copy.
+        state = dict(params)
+        names = [name for name, _ in module.named_buffers() if name in params] if self.return_buffers else []
+        state |= {name: params[name].clone() for name in names}
+        output = self._explained(functional_call(module, state, args, kwargs))
+        return (output, {name: state[name] for name in names}) if self.return_buffers else output
 
     def _explained(self, output: Any) -> Any:
         return output if self.output is None else self.output(output)

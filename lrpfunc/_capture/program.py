@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
+from lrpfunc._capture.numbers import Number
 from lrpfunc._capture.returned import Returned
 from lrpfunc._ops.call import call, is_random
 from lrpfunc._torch import constant, map_arg
@@ -26,6 +27,7 @@ class Program:
     Attributes:
         inputs: The placeholders of the tensor arguments.
         closed: The placeholders of the closed-over tensors: each an index into the environment, or a constant.
+        numbers: Numbers in tensors that became part of it: it is for those alone.
         modules: `(name, leaves, spec)` of every module's output, in order of execution; a leaf is a node or `None`.
         graphs: What was recognised in the program, for each choice of what is explained.
     """
@@ -38,6 +40,7 @@ class Program:
     aux: list[fx.Node]
     aux_spec: Returned
     modules: list[tuple[str, list[fx.Node | None], Any]]
+    numbers: list[Number]
     graphs: Cache[Any] = field(default_factory=lambda: Cache(16))
 
     @cached_property

@@ -33,26 +33,42 @@ class View:
 
     def __call__(self, whole: Any) -> Any:
         for step in self.chain:
-            if step.target is aten.detach.default:
-                continue  # in the same place
             whole = step.target(whole, *step.args, **step.kwargs)
         return whole
 
 
 @dataclass(eq=False)
 class Memory:
-    """What tensors of the trace share: the first of them, the value of that one by now, and how many there were."""
+    """What tensors of the trace share.
+
+    The numbers in it are the same for all of them. What they are derived from is not: `detach` gives another name for
+    the same numbers, without the history of the first, and what is written by one name becomes the history of that one
+    alone. For
+
+        h = x @ w
+        v = h.detach()
+        v += x
+
+    the contents are `assigned(h, detach(h) + x)` to `h`, with the derivatives of `x @ w`, and `detach(h) + x` to `v`.
+
+    Attributes:
+        root: The first of the tensors.
+        contents: The value of that one by now, to whoever shares its history, `None`, and to each `detach` whose result
+            has got a history of its own.
+        version: How many there were.
+    """
 
     root: fx.Node
-    content: Any
+    contents: dict[fx.Node | None, Any]
     version: int = 0
 
 
 @dataclass(eq=False)
 class _Read:
-    """A tensor of the trace: its place in memory, and its value at the version when it was read last."""
+    """A tensor of the trace: the `detach` it is by, its place in memory, and its value at the version read last."""
 
     memory: Memory
+    name: fx.Node | None
     chain: tuple[Step, ...]
     value: Any
     version: int
@@ -80,6 +96,8 @@ class State:
 
     Args:
         given: The nodes of the trace that stand for arguments of the model function.
+        held: Those that stand for tensors in objects that it was given. Such an object, a cache of keys and values for
+            example, is its own to change for as long as it runs, and is afterwards what it was.
 
     Attributes:
         graph: The functional graph.
@@ -88,12 +106,13 @@ class State:
         autocast: The arguments of each autocast around it.
     """
 
-    def __init__(self, given: Collection[fx.Node]):
+    def __init__(self, given: Collection[fx.Node], held: Collection[fx.Node]):
         self.graph = fx.Graph()
         self.scopes: list[str] = []
         self.no_grad = False
         self.autocast: dict[fx.Node, tuple[Any, ...]] = {}
         self._given = given
+        self._held = held
         self._tensors: dict[fx.Node, _Read] = {}
 
     # -- the functional graph
@@ -121,12 +140,14 @@ class State:
 
     def define(self, old: fx.Node, new: Any) -> None:
         """Says that `old` is `new`, in memory of its own."""
-        self._tensors[old] = _Read(Memory(old, new), (), new, 0)
+        self._tensors[old] = _Read(Memory(old, {None: new}), None, (), new, 0)
 
     def define_view(self, old: fx.Node, new: Any, parent: fx.Node, *steps: Step) -> None:
         """Says that `old` is `new`, a view of `parent`."""
         viewed = self._tensors[parent]
-        self._tensors[old] = _Read(viewed.memory, (*viewed.chain, *steps), new, viewed.memory.version)
+        places = [step for step in steps if step.target is not aten.detach.default]
+        name = viewed.name if len(places) == len(steps) else old
+        self._tensors[old] = _Read(viewed.memory, name, (*viewed.chain, *places), new, viewed.memory.version)
 
     def memory(self, old: fx.Node) -> Memory | None:
         """The memory that `old` is in, `None` for what has no value."""
@@ -136,7 +157,7 @@ class State:
         """What `old` is by now; a tuple for what was written as several nodes."""
         tensor = self._tensors[old]
         if tensor.version != tensor.memory.version:
-            value = tensor.memory.content
+            value = self._content(tensor.memory, tensor.name)
             for step in tensor.chain:
                 value = self.emit(step.target, (value, *step.args), step.kwargs, step.like)
                 value.meta["no_grad"] = step.no_grad
@@ -151,18 +172,27 @@ class State:
         """Says that `old` was set to `new`, and with it whatever shares its memory."""
         tensor = self._tensors[old]
         memory, chain = tensor.memory, tensor.chain
-        if memory.root.op != "call_function":
-            self.refuse(memory.root)
+        self.check(memory.root)
         if chain and _overlaps(chain[-1].like):
             raise CaptureError(
                 "the model function writes through a view whose elements may share memory (as_strided, unfold, "
                 "expand), where it is not clear which value stays. Write to a clone of it"
             )
-        like = memory.content.meta["val"]
-        content = self.emit(overwrite, (memory.content, new, View(chain)), None, like) if chain else new
-        if self.no_grad or any(step.target is aten.detach.default for step in chain):
-            content = self._without_gradients(memory.content, content)
-        memory.content, memory.version = content, memory.version + 1
+        before = self._content(memory, tensor.name)
+        after = self.emit(overwrite, (before, new, View(chain)), None, before.meta["val"]) if chain else new
+        contents = memory.contents if self.no_grad else memory.contents | {tensor.name: before}
+        memory.contents = {
+            name: after if name is tensor.name and not self.no_grad else self._without_gradients(content, after)
+            for name, content in contents.items()
+        }
+        memory.version += 1
+
+    def _content(self, memory: Memory, name: fx.Node | None) -> Any:
+        """The value of the memory's root, with the history that it has by that name."""
+        if name in memory.contents:
+            return memory.contents[name]
+        whole = memory.contents[None]
+        return self.emit(aten.detach.default, (whole,), None, whole.meta["val"])
 
     def _without_gradients(self, before: fx.Node, after: fx.Node) -> fx.Node:
         """A tensor keeps its history when it is written to without gradients, however often."""
@@ -174,15 +204,17 @@ class State:
         content.meta["no_grad"] = False
         return content
 
-    def refuse(self, root: fx.Node) -> None:
+    def check(self, root: fx.Node) -> None:
         """Refuses a write to an input of the trace."""
+        if root.op == "call_function" or root in self._held:
+            return
         kind = "was given" if root in self._given else "closes over"
         scope = self.scopes[-1] if self.scopes else ""
         raise CaptureError(
             f"the model function changes in place a tensor of shape {tuple(root.meta['val'].shape)} that it {kind}"
             + (f", in the module `{scope}`. " if scope else ". ")
             + "A function that is transformed must leave its arguments alone. The usual reason is a batch norm in "
-            "training mode, which updates its running statistics: capture it with\n\n"
+            "training mode, which updates its running statistics, or a spectral norm: capture it with\n\n"
             "    model_fn, params = lrpfunc.from_module(module, return_buffers=True)\n"
             "    relevance_fn = lrpfunc.attribute(model_fn, rules, has_aux=True)   # aux: the updated buffers\n\n"
             "or call module.eval(). For an operation such as `x += 1`, write `x = x + 1`"

@@ -16,10 +16,12 @@ from lrpfunc import _tree as tree
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.identity import describe_tensor
 from lrpfunc._capture.isolation import isolated
+from lrpfunc._capture.leftovers import holder, restoring_scripts
 from lrpfunc._capture.markers import Recorder, recording
-from lrpfunc._capture.memory import forget_cached, is_cached
+from lrpfunc._capture.memory import forget_cached, is_cached, restoring
+from lrpfunc._capture.numbers import Number
 from lrpfunc._capture.returned import Returned, returned
-from lrpfunc._capture.watch import BeginsTransform, Watch, custom_functions, refusing
+from lrpfunc._capture.watch import BeginsTransform, Watch, custom_functions, refusing, unknown_number
 from lrpfunc._errors import CaptureError
 from lrpfunc._torch import FakeTensor, FakeTensorMode, fake_mode, innermost, make_fx
 
@@ -35,8 +37,10 @@ class Trace:
         events: Where modules begin and end, as the recorder saw it, with `True` for each marker; the markers are the
             last graph outputs.
         closed: How many placeholders stand for tensors of the environment.
+        held: The places of those that are in arguments of types that torch's pytree does not know.
         constants: Tensors that are no inputs, by the name they are read by: made by the function, mostly.
-        stable: Whether the trace may be used again.
+        numbers: Numbers in tensors that became part of it.
+        stable: Whether the trace may be used again, where those are the same.
         changed: The name of what the function reads and has changed itself.
     """
 
@@ -45,7 +49,9 @@ class Trace:
     aux: Returned
     events: list[tuple[str, str, list[bool], Any]]
     closed: int
+    held: set[int]
     constants: dict[str, Tensor]
+    numbers: list[Number]
     stable: bool
     changed: str | None
     after_dispatch: bool
@@ -75,6 +81,7 @@ def _trace(
     custom: dict[types.CodeType, str],
     keys: Sequence[Any],
     closed: Sequence[Tensor],
+    known: Sequence[Tensor | None],
     before_dispatch: bool,
     made: list[weakref.ref[Tensor]],
     mode: FakeTensorMode,
@@ -108,7 +115,7 @@ def _trace(
 
     def marked(tick: Tensor, *tensors: Tensor) -> list[Tensor]:
         fakes = {id(real): fake for real, fake in zip(closed, tensors, strict=False)}
-        watch = Watch(fakes, made, before_dispatch)
+        watch = Watch(fakes, [None, *closed, *known], made, before_dispatch)
         recorder = Recorder(tick)
         watches.append(watch)
         recorders.append(recorder)
@@ -122,21 +129,34 @@ def _trace(
     return module, recorders[-1].handed_over(), found, watches[-1]
 
 
-def _explain_failure(error: Exception) -> CaptureError:
-    first_line, *_ = [*str(error).splitlines(), ""]
-    return CaptureError(
-        f"the model function could not be traced: {type(error).__name__}: {first_line}\n"
-        "The usual reason is Python control flow that depends on the numbers inside a tensor (`if x.sum() > 0:`, "
-        "`int(mask.sum())`). Write it with torch.where or a mask, or pass the number as a Python argument"
-    )
-
-
 def is_fake(value: Any, mode: FakeTensorMode | None = None) -> bool:
     """Whether it is a tensor without numbers, of that trace, be it inside of a transform's."""
     if not isinstance(value, Tensor):
         return False
     value = innermost(value)
     return isinstance(value, FakeTensor) and (mode is None or value.fake_mode is mode)
+
+
+def _held(closed: Sequence[Tensor], model_fn: Callable[..., Any]) -> set[int]:
+    own = set(map(id, Environment(model_fn, transformed=True).tensors))
+    return {place for place, tensor in enumerate(closed) if id(tensor) not in own}
+
+
+def _check_nothing_is_left(made: Sequence[weakref.ref[Tensor]]) -> None:
+    """Names what still holds a tensor of a trace, which has no numbers: nobody could go on with it."""
+    left = [tensor for tensor in (reference() for reference in made) if tensor is not None]
+    name = holder(left) if left else None
+    if name is not None:
+        raise CaptureError(
+            f"the model function keeps a tensor that it computed, in `{name}`, where it is not looked for. While it is "
+            "recorded the tensor has no numbers, and whoever finds it there cannot go on: set it to what it was "
+            "before. Return the tensor beside the output instead, for example\n\n"
+            "    return output, hidden  # lrpfunc.attribute(model_fn, rules, has_aux=True)"
+        )
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 VALUE_DEPENDENT = (
@@ -169,8 +189,11 @@ def trace(
     """
     closed = reads.tensors
     before = Environment(*roots, transformed=True, remember=True)
+    undo = restoring(roots[1:]), restoring_scripts(before.met())
     keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+    # Numbers in what can be explained are none that a program may be for.
+    known = [None if _is_continuous(leaf) else leaf for leaf in leaves if isinstance(leaf, Tensor)]
     made: list[weakref.ref[Tensor]] = []
 
     def attempt(before_dispatch: bool, again: bool = False) -> _Traced | None:
@@ -181,7 +204,7 @@ def trace(
         def once() -> _Traced | None:
             try:
                 traced = _trace(
-                    model_fn, static, spec, has_aux, custom, keys, closed, before_dispatch, made, mode, before
+                    model_fn, static, spec, has_aux, custom, keys, closed, known, before_dispatch, made, mode, before
                 )
             except BeginsTransform:
                 return None  # the exception would keep what the trace has made
@@ -191,12 +214,14 @@ def trace(
             result = isolated(once)
         except Exception as error:
             if type(error).__name__ in VALUE_DEPENDENT:
-                raise _explain_failure(error) from error
+                raise CaptureError(unknown_number(None, error.__traceback__)) from None
             raise
         finally:
-            before.forget(is_own)
+            for put_back in (functools.partial(before.forget, is_own), *undo):
+                put_back()
             if any(tensor() is not None for tensor in made):
                 forget_cached(is_own)
+        _check_nothing_is_left(made)
         if not (inline or again or custom_functions().keys() <= custom.keys()):
             return attempt(before_dispatch, again=True)  # the model function defines such a class when it is called
         return result
@@ -206,8 +231,10 @@ def trace(
     constants = [node for node in module.graph.nodes if node.op == "get_attr"]
     # A constant that the function made is copied at once; any other one may be a tensor that was missed.
     values = {node.target: getattr(module, node.target) for node in constants}
+    met = set(map(id, before.met()))  # a sparse tensor among it is no input, but the same one as long as the key is
     own = all(
         all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
+        or (values[node.target].is_sparse and id(values[node.target]) in met)
         or is_cached(values[node.target])
         for node in constants
     )
@@ -220,4 +247,16 @@ def trace(
     after = Environment(*roots, transformed=True, remember=True)
     changed = before.difference(after) if before.key != after.key and not before.unknown else None
     stable = own and not watch.reads and reads.key == after.key
-    return Trace(module, found["outputs"], found["aux"], events, len(closed), values, stable, changed, whole is None)
+    return Trace(
+        module,
+        found["outputs"],
+        found["aux"],
+        events,
+        len(closed),
+        _held(closed, model_fn),
+        values,
+        watch.numbers,
+        stable,
+        changed,
+        whole is None,
+    )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import sys
+import traceback
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lrpfunc import _tree as tree
 from lrpfunc._capture.identity import is_custom_function
 from lrpfunc._capture.isolation import stop_if_interrupted
+from lrpfunc._capture.numbers import Number, number
 from lrpfunc._errors import CaptureError
 from lrpfunc._torch import (
     CheckpointFunction,
@@ -52,6 +55,36 @@ _GATED = (
 )
 
 
+def unknown_number(tensor: Tensor | None, where: types.FrameType | types.TracebackType | None) -> str:
+    """What to say where a model function asks for a number that is not known."""
+    shape = "" if tensor is None else f" of shape {tuple(tensor.shape)}"
+    return (
+        f"the model function asks for a number inside a tensor{shape}, which is not known when it is recorded"
+        f"{_line(where)}The usual reason is Python control flow that depends on the numbers inside a tensor "
+        "(`if x.sum() > 0:`, `int(mask.sum())`). Write it with torch.where or a mask, or pass the number as a Python "
+        "argument"
+    )
+
+
+_OURS = tuple(os.path.join(folder, "") for folder in (os.path.dirname(os.path.dirname(__file__)), *torch.__path__))
+_PYTHONS = ("<frozen", os.path.join(os.path.dirname(os.__file__), ""))
+
+
+def _is_models(file: str) -> bool:
+    """Whether it is neither torch's, nor ours, nor Python's own, in whose folder packages may be installed."""
+    return not file.startswith(_OURS) and ("-packages" in file or not file.startswith(_PYTHONS))
+
+
+def _line(where: types.FrameType | types.TracebackType | None) -> str:
+    """The line of the model function's own code that was running, as a part of a sentence."""
+    if isinstance(where, types.TracebackType):
+        frames = traceback.StackSummary.extract(traceback.walk_tb(where))
+    else:
+        frames = traceback.StackSummary.extract(reversed(list(traceback.walk_stack(where))))
+    own = [frame for frame in frames if frame.line and _is_models(frame.filename)]
+    return f", in {own[-1].filename}, line {own[-1].lineno}:\n\n    {own[-1].line}\n\n" if own else ". "
+
+
 class BeginsTransform(BaseException):
     """The model function has a transform of its own, whose levels a trace before dispatch does not see."""
 
@@ -64,30 +97,36 @@ class Watch(TorchFunctionMode):
 
     Args:
         inputs: The inputs of the trace, by the identity of the tensors that they replace.
+        known: What stands for each input of the trace, as far as numbers may be read from it; `None` for a walk.
         made: What operations returned. What is alive of it after the trace, something remembers.
         before_dispatch: How a model function is traced; `None` for a walk.
 
     Attributes:
-        reads: Whether a number inside a tensor became part of the program.
+        reads: Whether a number inside a tensor became part of the program, and nobody can tell whether it holds.
+        numbers: The numbers that became part of the program, and hold as long as what they were computed from.
         no_grad: Whether something was computed without gradients.
         has_transforms: Whether the function has transforms of its own.
     """
 
     _RECURRENT = ("lstm", "gru", "lstm_cell", "gru_cell")
 
+    _SHOWS = ("__repr__", "__str__", "__format__")
     _READS = (
         *("item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__", "__index__", "__complex__"),
-        *("__repr__", "__str__", "__format__", "__contains__"),
+        *("__contains__", *_SHOWS),
     )
 
     def __init__(
         self,
         inputs: dict[int, Tensor] | None = None,
+        known: Sequence[Tensor | None] | None = None,
         made: list[weakref.ref[Tensor]] | None = None,
         before_dispatch: bool | None = None,
     ) -> None:
         super().__init__()
         self.inputs = {} if inputs is None else inputs
+        self.known = known
+        self.numbers: list[Number] = []
         self.made = [] if made is None else made
         self.before_dispatch = before_dispatch
         self._grad_modes: dict[int, bool] = {}
@@ -111,16 +150,32 @@ class Watch(TorchFunctionMode):
             raise CaptureError(_GATED)
         if name == "_pack_padded_sequence":
             raise CaptureError(_PACKED)
-        if name in self._READS and not isinstance(args[0], FakeTensor):
-            self.reads = True  # the program must not be used again
-            with disable_current_modes():
-                return func(*args, **(kwargs or {}))
+        if name in self._READS:
+            return self._read(name, func, args, kwargs or {})
+        if name != "__get__":
+            _check_layouts((args, kwargs))
         if func == _DATA:  # a trace does not see `.data`
             result = self._replaced(args[0]).detach()
         else:
             result = func(*self._replaced(args), **self._replaced(kwargs or {}))
         self.made += (weakref.ref(leaf) for leaf in tree.leaves(result) if isinstance(leaf, Tensor))
         return result
+
+    def _read(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """Reads numbers out of a tensor, if they are known."""
+        tensor = args[0] if self.known is None else self._replaced(args[0])
+        if not isinstance(tensor, FakeTensor):
+            self.reads = True  # the program must not be used again
+            with disable_current_modes():
+                return func(*args, **kwargs)
+        known = None if self.known is None else number(tensor, self.known)
+        if known is not None:
+            self.numbers.append(known)
+            with disable_current_modes():
+                return func(known.value.clone(), *args[1:], **kwargs)
+        if self.known is not None and name not in self._SHOWS:
+            raise CaptureError(unknown_number(tensor, sys._getframe()))
+        return func(*args, **kwargs)
 
     def _mark_grad_mode(self, enabled: bool) -> None:
         """Writes into the trace what one before dispatch has by itself: whether what follows has derivatives.
@@ -140,6 +195,15 @@ class Watch(TorchFunctionMode):
         if type(value) is dict:
             return {key: self._replaced(item) for key, item in value.items()}
         return value
+
+
+def _check_layouts(operands: Any) -> None:
+    for leaf in tree.leaves(operands):
+        if isinstance(leaf, Tensor) and leaf.layout not in (torch.strided, torch.sparse_coo):
+            raise CaptureError(
+                f"the model function computes with a tensor of layout {leaf.layout}, which cannot be recorded. Convert "
+                "it once, outside of the function: tensor.to_sparse_coo()"
+            )
 
 
 def _is_called_by(function: Any) -> bool:

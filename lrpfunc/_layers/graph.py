@@ -15,6 +15,7 @@ from lrpfunc._capture.decompose import written_out
 from lrpfunc._capture.program import Program
 from lrpfunc._layers.cover import Cover
 from lrpfunc._layers.layer import Kind, Layer
+from lrpfunc._torch import nothing
 
 Entry = tuple[str, list[fx.Node | None], Any]
 """A name that `layers=` may ask for, the nodes of the tensors there, and their structure."""
@@ -61,7 +62,7 @@ class Graph:
         found = iter(relevance)
 
         def shaped(leaves: list[fx.Node | None], spec: Any) -> Any:
-            return tree.unflatten([None if leaf is None else next(found) for leaf in leaves], spec)
+            return tree.unflatten([nothing() if leaf is None else next(found) for leaf in leaves], spec)
 
         explained = shaped(self.sources, self.spec)
         if not self.selected:

@@ -27,6 +27,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
@@ -121,7 +122,13 @@ class _Reads:
 
 
 def _described(value: Any) -> Hashable:
-    return tuple(describe_tensor(v) if isinstance(v, Tensor) else hashable(v) for v in tree.leaves(value))
+    return tuple(_kind(leaf) if isinstance(leaf, Tensor) else hashable(leaf) for leaf in tree.leaves(value))
+
+
+def _kind(tensor: Tensor) -> Hashable:
+    if tensor.layout is torch.strided:
+        return describe_tensor(tensor)
+    return tensor.layout, tuple(tensor.shape), tensor.dtype, tensor.device
 
 
 @dataclass(frozen=True)

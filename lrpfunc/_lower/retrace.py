@@ -32,7 +32,7 @@ from lrpfunc._capture.isolation import alone, isolated
 from lrpfunc._capture.trace import VALUE_DEPENDENT, fake_like, is_fake
 from lrpfunc._capture.watch import Watch
 from lrpfunc._errors import RuleError, opaque
-from lrpfunc._torch import aten, fake_mode, make_fx, schema
+from lrpfunc._torch import FakeTensorMode, aten, fake_mode, make_fx, schema
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def retrace(
     def trace() -> fx.GraphModule:
         mode = fake_mode()
         # Each is a tensor of its own: a trace takes what is the same object for the same value.
-        fakes = [fake_like(list(map(describe_tensor, group)), mode) for group in (tensors, start, environment.tensors)]
+        fakes = [[_fake(tensor, mode) for tensor in group] for group in (tensors, start, environment.tensors)]
 
         def watched(tensors: list[Tensor], start: list[Tensor], lifted: list[Tensor]) -> list[Tensor]:
             watch = Watch({id(real): fake for real, fake in zip(environment.tensors, lifted, strict=True)})
@@ -112,6 +112,13 @@ def retrace(
         )
     constants = {n.target: getattr(module, n.target) for n in module.graph.nodes if n.op == "get_attr"}
     return Traced(module.graph, constants, stable=not watches[-1].reads)
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    if tensor.layout is torch.strided:
+        return fake_like([describe_tensor(tensor)], mode)[0]
+    with mode:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, device=tensor.device)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -29,6 +29,7 @@ def operation_name_of(target: Any) -> str:
 
 REWRITTEN: dict[Any, Any] = {
     aten.hardsigmoid.default: hardsigmoid,
+    aten._sparse_mm.default: aten.mm.default,
     aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
 }
 """What capture writes in place of an operation."""

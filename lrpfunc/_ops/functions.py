@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lrpfunc import _tree as tree
-from lrpfunc._torch import aten, beyond_first_derivative, is_differentiated, vjp
+from lrpfunc._torch import aten, beyond_first_derivative, is_differentiated, is_mapped, vjp
 
 # --------------------------------------------------------------------------------------------------------------
 # What a program has in place of operations that write to a tensor, or that torch cannot differentiate twice
@@ -62,16 +62,33 @@ def dropout_mask(x: Tensor, p: float, name: str) -> Tensor:
 
 def batch_statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """The running statistics as a batch norm in training mode leaves them."""
-    dims = [0, *range(2, x.ndim)]
-    like = running_mean if running_mean is not None else running_var
-    x = x.detach() if like is None else x.detach().to(like.dtype)
-    var, mean = torch.var_mean(x, dims)
-    return (
-        None if running_mean is None else (running_mean * (1 - momentum) + mean * momentum).to(running_mean.dtype),
-        None if running_var is None else (running_var * (1 - momentum) + var * momentum).to(running_var.dtype),
-    )
+    return _running_statistics(torch.batch_norm, x, running_mean, running_var, momentum)
+
+
+def instance_statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor | None, ...]:
+    """The running statistics as an instance norm leaves them."""
+    return _running_statistics(torch.instance_norm, x, running_mean, running_var, momentum)
+
+
+def _running_statistics(norm: Any, x: Tensor, *running: Any) -> tuple[Tensor | None, ...]:
+    """Torch's own, to the bit, unless `vmap` runs over the batch, where torch updates none that are not mapped."""
+    *old, momentum = running
+    x, like = x.detach(), next(statistic for statistic in old if statistic is not None)
+    if is_mapped(x):
+        per_sample = norm is torch.instance_norm
+        var, mean = torch.var_mean(x.to(like.dtype), [*range(2, x.ndim)] if per_sample else [0, *range(2, x.ndim)])
+        batch = [statistic.mean(0) if per_sample else statistic for statistic in (mean, var)]
+        new = [a if a is None else a.detach() * (1 - momentum) + b * momentum for a, b in zip(old, batch, strict=True)]
+    else:
+        new = [a if a is None else a.detach().clone() for a in old]
+        with torch.no_grad():
+            norm(x, None, None, *new, True, momentum, 1e-5, torch.backends.cudnn.enabled)
+    pairs = zip(old, new, strict=True)
+    return tuple(assigned(a * (1 - momentum), b) if is_differentiated(a) else b for a, b in pairs)
 
 
 def batch_norm_affine(

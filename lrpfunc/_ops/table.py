@@ -218,7 +218,7 @@ _RECORDS = {
     "sign sgn round floor ceil trunc floor_divide angle heaviside histc": Operator(differentiable=False),
     "zeros_like ones_like full_like empty_like rand_like randn_like randint_like": Operator(differentiable=False),
     "new_zeros new_ones new_full new_empty bernoulli": Operator(differentiable=False),
-    "argmax argmin zeroed batch_statistics": Operator(differentiable=False),
+    "argmax argmin zeroed batch_statistics instance_statistics": Operator(differentiable=False),
     "normal normal_functional uniform log_normal cauchy exponential geometric": Operator(differentiable=False),
     "random poisson binomial": Operator(differentiable=False),
     "dropout_mask": Operator(differentiable=False, nonnegative=_ALWAYS, random=True),
