@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
 import types
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +18,7 @@ from lrpfunc._capture.isolation import alone, isolated, surroundings
 from lrpfunc._capture.module import ModelFunction
 from lrpfunc._capture.program import Program
 from lrpfunc._capture.trace import trace
-from lrpfunc._errors import CaptureWarning
+from lrpfunc._errors import CaptureWarning, warn
 
 _SIZE = 128
 _programs: Cache[Program] = Cache(_SIZE)
@@ -111,7 +109,7 @@ def _warn(model_fn: Callable[..., Any], unknown: Sequence[str], changed: str | N
             "function, or return the new value beside the output, for example\n\n"
             "    return output, calls + 1  # lrpfunc.attribute(model_fn, rules, has_aux=True)"
         )
-    warnings.warn(text, CaptureWarning, stacklevel=_callers_level())
+    warn(text, CaptureWarning)
 
 
 def _subject(model_fn: Any) -> Any:
@@ -126,15 +124,6 @@ def _subject(model_fn: Any) -> Any:
         case types.FunctionType():
             return model_fn.__code__
     return model_fn
-
-
-def _callers_level() -> int:
-    """How many frames up, for `warnings.warn`, the code stands that called lrpfunc."""
-    package, level = __name__.partition(".")[0], 1
-    frame = sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _name_inputs(program: Program, args: tuple[Any, ...]) -> None:

@@ -73,6 +73,7 @@ def functional(trace: Trace) -> Program:
         aux=results[count:],
         aux_spec=trace.aux,
         modules=_modules(state, trace, markers),
+        module_types=trace.module_types,
     )
 
 

@@ -48,6 +48,9 @@ class ModelFunction:
     output: Callable[[Any], Any] | None = None
     return_buffers: bool = False
 
+    def __repr__(self) -> str:
+        return f"ModelFunction({type(self.module).__name__})"
+
     def __call__(self, params: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         module = structural_copy(self.module)
         if recorder := current_recorder():

@@ -27,6 +27,7 @@ class Program:
         inputs: The placeholders of the tensor arguments.
         closed: The placeholders of the closed-over tensors: each an index into the environment, or a constant.
         modules: `(name, leaves, spec)` of every module's output, in order of execution; a leaf is a node or `None`.
+        module_types: The class of each, by its name.
         graphs: What was recognised in the program, for each choice of what is explained.
     """
 
@@ -38,6 +39,7 @@ class Program:
     aux: list[fx.Node]
     aux_spec: Returned
     modules: list[tuple[str, list[fx.Node | None], Any]]
+    module_types: dict[str, type]
     graphs: Cache[Any] = field(default_factory=lambda: Cache(16))
 
     @cached_property

@@ -34,6 +34,7 @@ class Trace:
         aux: The same for the auxiliary output.
         events: Where modules begin and end, as the recorder saw it, with `True` for each marker; the markers are the
             last graph outputs.
+        module_types: The class of the module behind each path.
         closed: How many placeholders stand for tensors of the environment.
         constants: Tensors that are no inputs, by the name they are read by: made by the function, mostly.
         stable: Whether the trace may be used again.
@@ -44,6 +45,7 @@ class Trace:
     outputs: Returned
     aux: Returned
     events: list[tuple[str, str, list[bool], Any]]
+    module_types: dict[str, type]
     closed: int
     constants: dict[str, Tensor]
     stable: bool
@@ -119,6 +121,7 @@ def _trace(
     # `decomposition_table={}`: without it torch 2.15 turns `detach` into `alias`, which stops nothing.
     options: dict[str, Any] = {"pre_dispatch": True} if before_dispatch else {"decomposition_table": {}}
     module = make_fx(marked, tracing_mode="fake", _allow_non_fake_inputs=True, **options)(*inputs)
+    found["module_types"] = recorders[-1].module_types
     return module, recorders[-1].handed_over(), found, watches[-1]
 
 
@@ -215,4 +218,15 @@ def trace(
     after = Environment(*roots, transformed=True, remember=True)
     changed = before.difference(after) if before.key != after.key and not before.unknown else None
     stable = own and not watch.reads and reads.key == after.key
-    return Trace(module, found["outputs"], found["aux"], events, len(closed), values, stable, changed, whole is None)
+    return Trace(
+        module,
+        found["outputs"],
+        found["aux"],
+        events,
+        found["module_types"],
+        len(closed),
+        values,
+        stable,
+        changed,
+        whole is None,
+    )

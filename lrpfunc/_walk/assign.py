@@ -9,11 +9,13 @@ from functools import cached_property
 from torch import Tensor
 
 from lrpfunc import _tree as tree
+from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.watch import Watch
-from lrpfunc._errors import NoPathError, RuleError, UncoveredLayerError, opaque
+from lrpfunc._errors import NoPathError, RuleError, UncoveredLayerError, UnusedRuleWarning, opaque, warn
 from lrpfunc._layers.graph import Graph
 from lrpfunc._layers.layer import STRUCTURAL, Kind, Layer
+from lrpfunc._layers.select import names_something
 from lrpfunc.composites import Composite, attn_lrp
 from lrpfunc.rules._plumbing import default_rule
 from lrpfunc.rules._rule import Rule
@@ -52,6 +54,7 @@ def assign(graph: Graph, composite: Composite) -> Assignment:
     if chosen is None:
         with watch:
             chosen = _chosen(graph, composite)
+            _warn_of_unused(graph, composite, chosen)
         if not watch.reads:
             graph.assigned.put(reads.key, chosen)
     return Assignment(composite, chosen, reads.key, reads.tensors, stable=not watch.reads)
@@ -96,6 +99,35 @@ def _chosen(graph: Graph, composite: Composite) -> dict[Layer, int | Rule]:
     if {layer.kind for layer in softmaxes} == {Kind.SOFTMAX} and needed.isdisjoint({*graph.starts, *graph.sources}):
         raise _stopped_at_once(softmaxes[0])
     return chosen
+
+
+_warned: Cache[bool] = Cache(1024)
+
+
+def _warn_of_unused(graph: Graph, composite: Composite, chosen: Mapping[Layer, int | Rule]) -> None:
+    """Warns of each entry that somebody wrote for this net, and that does nothing in it.
+
+    An entry for all layers of a kind may be meant for many nets, of which this one has no such layer.
+    """
+    used = set(chosen.values())
+    layers = [layer for layer in graph.layers if layer.kind not in STRUCTURAL and not layer.is_tap]
+    for place, selector in enumerate(composite.selectors):
+        if place in used or composite.is_general(place):
+            continue
+        taken = [layer for layer in layers if selector(layer)]
+        earlier = sorted({i for layer in taken if isinstance(i := chosen.get(layer), int)})
+        if earlier:
+            shown = ", ".join(f"rules[{i}]" for i in earlier)
+            why = f"{shown} before it takes what it selects. The first entry that matches decides: put yours in front"
+        elif not taken and names_something(selector):
+            names = list(dict.fromkeys(layer.name for layer in layers))
+            why = f"its selector matches none of the layers {', '.join(names[:12])}{', ...' if names[12:] else ''}"
+        else:
+            continue
+        text = f"rules[{place}] serves no layer: {why}\n\n    ({selector!r}, {composite[place]!r})"
+        if _warned.get(text) is None:
+            _warned.put(text, True)
+            warn(text, UnusedRuleWarning)
 
 
 def _objection(rule: Rule, layer: Layer) -> str | None:
