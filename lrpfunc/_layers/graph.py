@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.program import Program
+from lrpfunc._layers.attention import Attention, attentions
 from lrpfunc._layers.cover import Cover
 from lrpfunc._layers.layer import Kind, Layer
 
@@ -31,6 +33,8 @@ class Graph:
         starts: The nodes at which relevance ends its way: those leaves, or the layers explained in their place.
         layers: In order of execution.
         entries: Where `layers=` may ask for relevance; a node is `None` where there is none.
+        inner: Where it may inside of attention, by names that no module has.
+        fused: The fused attentions, by the nodes that stand for their weights.
         selected: Where it does.
         assigned: Which rule serves which layer, for each composite.
         programs: The forward pass and the walk as flat programs, for each assignment.
@@ -43,6 +47,8 @@ class Graph:
     starts: list[fx.Node]
     layers: list[Layer]
     entries: list[Entry]
+    inner: list[Entry]
+    fused: dict[fx.Node, Attention]
     selected: Sequence[Entry] = ()
     assigned: Cache[Any] = field(default_factory=lambda: Cache(16))
     programs: Cache[Any] = field(default_factory=lambda: Cache(16))
@@ -73,7 +79,10 @@ def build_graph(
     cover = Cover(program, set(data), set(taps))
     layers = cover.layers()
     entries = _entries(program, layers, cover.needed & cover.active)
-    return Graph(program, sources, spec, cover.needed, list(dict.fromkeys(data)), layers, entries)
+    found = list(attentions(layers))
+    fused = {attention.weights: attention for attention in found if attention.product is not None}
+    starts = list(dict.fromkeys(data))
+    return Graph(program, sources, spec, cover.needed, starts, layers, entries, _inner(found), fused)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -98,3 +107,15 @@ def _entries(program: Program, layers: list[Layer], needed: set[fx.Node]) -> lis
         return [(name, [place(leaf) for leaf in leaves], spec) for name, leaves, spec in program.modules]
     leaf_spec = tree.structure(0)
     return [(layer.name, [layer.output], leaf_spec) for layer in layers if len(layer.outputs) == 1 and not layer.is_tap]
+
+
+def _inner(found: list[Attention]) -> list[Entry]:
+    entries: list[Entry] = []
+    names: Counter[str] = Counter()
+    for attention in found:
+        base = attention.layer.name
+        number = f"@{names[base]}" if names[base] else ""  # a module may have several
+        names[base] += 1
+        entries.append((f"{base}.weights{number}", [attention.weights], tree.structure(0)))
+        entries.append((f"{base}.heads{number}", [attention.layer.output], tree.structure(0)))
+    return entries

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from lrpfunc._layers.attention import Attention
 from lrpfunc._layers.graph import Graph
 from lrpfunc._walk.assign import Assignment
 from lrpfunc._walk.propagate import Observer, propagate
@@ -65,10 +66,24 @@ def relevance(
     """The relevance of the nodes that are asked for; in a cotangent composite, the cotangent there."""
     results = []
     for node in graph.requested:
-        value, message = values[node], arrived.get(node)
+        if node in graph.fused:
+            value, message = _weights(graph.fused[node], rules, values, arrived)
+        else:
+            value, message = values[node], arrived.get(node)
         if message is None:
             results.append(value.new_zeros(value.shape))
         else:
             form = message.multiplier if rules.composite.cotangent else message.relevance
             results.append(form(value).to(value.dtype))
     return results
+
+
+def _weights(
+    attention: Attention, rules: Assignment, values: Mapping[fx.Node, Any], arrived: Mapping[fx.Node, Message]
+) -> tuple[Tensor, Message | None]:
+    """The weights of fused attention, and the message that they would get if it were written out."""
+    layer = attention.bound(values)
+    message = arrived.get(attention.layer.output)
+    if message is None:
+        return layer.inputs[0], None
+    return layer.inputs[0], rules.rules[attention.layer].apply(layer, [message])[0]
