@@ -221,6 +221,16 @@ def test_tokens_as_one_hot_vectors_and_as_numbers() -> None:
     assert layers["matmul"].shape == (2, 3)
 
 
+def test_tokens_that_choose_among_log_probabilities() -> None:
+    model_fn, params = lrp.from_module(randomized(nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 50))))
+
+    def log_probability(params: Any, ids: Tensor) -> Tensor:
+        return model_fn(params, ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum((1, 2))
+
+    _, layers = lrp.attribute(log_probability, layers="0")(params, IDS)
+    assert layers["0"][:, -1].abs().max() == 0 < layers["0"][:, -2].abs().max()
+
+
 def test_keyword_arguments_of_a_tokenizer() -> None:
     model_fn, params = made("bert")
     encoding = {"input_ids": IDS, "token_type_ids": torch.zeros_like(IDS), "attention_mask": (IDS != 0).long()}

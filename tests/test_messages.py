@@ -344,3 +344,101 @@ def test_a_table_of_complex_numbers() -> None:
     assert table.absorbed["nonlinearity"] == pytest.approx(0, abs=1e-10)  # of degree 1
     assert abs(table.residual) < 1e-10
     assert all(abs(row.residual) < 1e-10 for row in table.rows)
+
+
+# -- modules and tensors that cannot be taken as they are
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_modules_that_hold_their_parameters_elsewhere() -> None:
+    module = small()
+    line = r"(?s){}.*\n\n    model_fn, params = lrpfunc.from_module\({}\)$"
+    with pytest.raises(lrp.InputError, match=line.format("module of TorchScript", "original")):
+        lrp.from_module(torch.jit.trace(module.float(), IMAGE.float()))  # type: ignore[arg-type]
+    with pytest.raises(lrp.InputError, match=line.format("DataParallel copies", "model.module")):
+        lrp.from_module(nn.DataParallel(module))
+    with pytest.raises(lrp.InputError, match=r"(?s)`1.weight` of Sequential has no shape yet.*\n\n    module\(x\)$"):
+        lrp.from_module(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)))
+    hooked = nn.Sequential(nn.Linear(2, 2))
+    hooked[0]._hf_hook = object()  # as accelerate leaves it
+    with pytest.raises(lrp.InputError, match=r"(?s)`0` of Sequential has a hook .*_from_submodules\(model\)$"):
+        lrp.from_module(hooked)
+
+
+@pytest.fixture
+def one_process() -> Any:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.distributed, about itself
+def test_distributed_modules_and_tensors(one_process: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    with pytest.raises(lrp.InputError, match=r"(?s)DistributedDataParallel copies.*from_module\(model.module\)$"):
+        lrp.from_module(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)))
+    sharded = fully_shard(nn.Sequential(nn.Linear(2, 2)), mesh=mesh)
+    with pytest.raises(lrp.InputError, match=r"(?s)`0.weight` of FSDPSequential is a DTensor.*full_tensor\(\)"):
+        lrp.from_module(sharded)
+    whole = nn.Sequential(nn.Linear(2, 2))  # what the message says
+    whole.load_state_dict({name: value.full_tensor() for name, value in sharded.state_dict().items()})
+    model_fn, params = lrp.from_module(whole)
+    x = distribute_tensor(torch.ones(1, 2), mesh, [Replicate()])
+    assert "pass x.full_tensor()" in complaint(lambda: lrp.attribute(model_fn)(params, x))
+    assert lrp.attribute(model_fn)(params, x.full_tensor()).shape == (1, 2)
+
+
+@pytest.mark.filterwarnings("ignore")  # of prototypes, about themselves
+def test_tensors_of_other_kinds() -> None:
+    fn = lrp.attribute(linear)
+    masked = torch.masked.masked_tensor(X, X > 0)
+    assert "pass x.to_tensor(0.0)" in complaint(lambda: fn(W, masked))
+    assert fn(W, masked.to_tensor(0.0)).shape == X.shape
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([normal(2, 3), normal(4, 3)], layout=layout)
+        assert "torch.nested.to_padded_tensor(x, 0.0)" in complaint(lambda nested=nested: fn(W, nested))
+        assert fn(W, torch.nested.to_padded_tensor(nested, 0.0)).shape == (2, 4, 3)
+    assert "pass tensor.to_dense()" in complaint(lambda: fn(W, X.to_sparse()))
+
+
+# -- frozen parameters
+
+
+def test_frozen_parameters_make_relevance_without_a_history() -> None:
+    module = small()
+    model_fn, params = lrp.from_module(module, frozen=True)
+    assert not any(param.requires_grad for param in params.values())
+    assert params["0.weight"].data_ptr() == module[0].weight.data_ptr()  # type: ignore[index,union-attr]
+    assert params.keys() == lrp.from_module(module)[1].keys()
+    relevance = lrp.attribute(model_fn)(params, IMAGE, target=1)
+    assert not relevance.requires_grad
+    relevance.numpy()  # as matplotlib does
+    assert torch.equal(relevance, lrp.attribute(model_fn)(lrp.from_module(module)[1], IMAGE, target=1))
+    buffers = lrp.from_module(nn.BatchNorm1d(2), frozen=True, return_buffers=True)[1]
+    assert buffers["num_batches_tracked"].dtype is torch.int64
+
+
+def test_fractional_pooling_draws_once_for_value_and_relevance() -> None:
+    net = randomized(nn.Sequential(nn.FractionalMaxPool2d(2, output_size=3), nn.Flatten(), nn.Linear(9, 3)))
+    model_fn, params = lrp.from_module(net, frozen=True)
+    values = []
+    for _ in range(4):
+        fn = lrp.attribute_and_value(model_fn, lrp.epsilon(0.0))
+        relevance, value = fn(params, normal(1, 1, 11, 11), target=1)
+        assert torch.allclose(relevance.sum() + params["2.bias"][1], value[0, 1])
+        values.append(float(value[0, 1]))
+    assert len(set(values)) > 1
+
+
+@pytest.mark.parametrize(("layer", "name"), [(nn.Softmax(-1), "softmax"), (nn.LogSoftmax(-1), "log_softmax")])
+def test_an_output_that_is_a_softmax(layer: nn.Module, name: str) -> None:
+    model_fn, params = lrp.from_module(nn.Sequential(small(), layer))
+    text = complaint(lambda: lrp.attribute(model_fn, lrp.epsilon())(params, IMAGE, target=1), lrp.UncoveredLayerError)
+    assert text.endswith(f"\n\n    return logits  # not logits.{name}(-1)")
+    inside = lambda _, x: torch.softmax(x @ W, -1) * 2  # noqa: E731
+    text = complaint(lambda: lrp.attribute(inside, lrp.epsilon())(None, X), lrp.UncoveredLayerError)
+    assert text.endswith("rules = lrp.attn_lrp() + rules")

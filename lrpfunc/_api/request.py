@@ -60,17 +60,22 @@ def _recognised(program: Program, explained: Explained, globs: tuple[str, ...]) 
 def _first_numbers(program: Program, integers: set[fx.Node]) -> list[fx.Node]:
     """The first floating-point activations that depend on integers, such as the embeddings of tokens.
 
-    A mask that is made of them, by a comparison with the number for padding, carries nothing of what they say.
+    A mask that is made of them, by a comparison with the number for padding, carries nothing of what they say; nor does
+    an index into activations that depend on them already, such as that of the next token in log-probabilities.
     """
     found: list[fx.Node] = []
-    behind = set(integers)
+    behind, beyond = set(integers), set[fx.Node]()
     for node in program.graph.nodes:
-        if node.op != "call_function" or behind.isdisjoint(node.all_input_nodes):
+        if node.op != "call_function":
             continue
-        if is_float(node):
-            found.append(node)
-        elif not _is_boolean(node):
-            behind.add(node)
+        if not beyond.isdisjoint(node.all_input_nodes):
+            beyond.add(node)
+        elif not behind.isdisjoint(node.all_input_nodes):
+            if is_float(node):
+                found.append(node)
+                beyond.add(node)
+            elif not _is_boolean(node):
+                behind.add(node)
     return found
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
@@ -92,7 +92,7 @@ def _chosen(graph: Graph, composite: Composite) -> dict[Layer, int | Rule]:
             + "\n\nNarrow the selector, for example `lrpfunc.name('features*') & lrpfunc.Convolution`"
         )
     if uncovered:
-        raise _uncovered(uncovered)
+        raise _uncovered(uncovered, graph.program.outputs)
     if custom := Environment(*rules.values(), transformed=True).custom:
         raise opaque(custom[0].__name__)
     softmaxes = [layer for layer in rules if layer.kind not in STRUCTURAL]
@@ -141,7 +141,7 @@ def _objection(rule: Rule, layer: Layer) -> str | None:
     return rule.objection(layer)
 
 
-def _uncovered(layers: list[Layer]) -> UncoveredLayerError:
+def _uncovered(layers: list[Layer], outputs: Sequence[fx.Node]) -> UncoveredLayerError:
     columns = [
         (layer.name, layer.operation, f"{', '.join(map(str, layer.input_shapes))} -> {layer.output_shape}")
         for layer in layers
@@ -149,10 +149,16 @@ def _uncovered(layers: list[Layer]) -> UncoveredLayerError:
     widths = [max(len(row[i]) for row in columns) for i in (0, 1)]
     table = "\n".join(f"    {n:<{widths[0]}}   {o:<{widths[1]}}   {shapes}" for n, o, shapes in columns)
     verb = "is" if len(layers) == 1 else "are"
+    last = next((layer for layer in layers if layer.kind is Kind.SOFTMAX and layer.output in outputs), None)
+    instead = last and (
+        f"\n\nThe last, {last.name}, is the output: explain its logits instead, which say what speaks for a class and "
+        "not only how sure the model is. Let the model function return them:\n\n"
+        f"    return logits  # not logits.{last.operation}(-1)"
+    )
     return UncoveredLayerError(
         f"{_counted(len(layers), 'layer')} {verb} not linear and no rule covers {'it' if verb == 'is' else 'them'}:\n\n"
         f"{table}\n\nRelevance would be lost or invented there. Add rules in front of yours, for example\n\n"
-        f"    rules = {_covering(layers)} + rules"
+        f"    rules = {_covering(layers)} + rules" + (instead or "")
     )
 
 
