@@ -36,15 +36,21 @@ def flops(fn: Callable[[], Any]) -> int:
 
 def peak_memory(fn: Callable[[], Any]) -> int:
     """The most bytes that tensors made by `fn` held at one time."""
+    return memory(fn)[0]
+
+
+def memory(fn: Callable[[], Any]) -> tuple[int, int]:
+    """The most bytes that tensors made by `fn` held at one time, and what they hold while its result lives."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        fn()
+        result = fn()
     held = peak = 0
     results: Any = profile.profiler
     events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    del result
+    return peak, held
 
 
 def seconds(fns: Functions, repetitions: int) -> dict[str, list[float]]:

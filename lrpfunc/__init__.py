@@ -1,7 +1,7 @@
 """Layer-wise relevance propagation as a functional transform on torch.func."""
 
 from lrpfunc._api.explain import Explanation, Row, explain
-from lrpfunc._api.target import contrast, one_hot
+from lrpfunc._api.target import at, contrast, one_hot, predicted
 from lrpfunc._api.tokens import per_token
 from lrpfunc._api.transform import attribute, attribute_and_value, vjp
 from lrpfunc._capture.capture import clear_cache
@@ -16,6 +16,7 @@ from lrpfunc._errors import (
     RuleError,
     TargetError,
     UncoveredLayerError,
+    UnusedRuleWarning,
 )
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Kind, Layer, Role
@@ -138,9 +139,11 @@ __all__ = [
     "TaylorSoftmax",
     "UncoveredLayerError",
     "Uniform",
+    "UnusedRuleWarning",
     "WSquare",
     "ZBox",
     "ZPlus",
+    "at",
     "attn_lrp",
     "attribute",
     "attribute_and_value",
@@ -168,5 +171,6 @@ __all__ = [
     "one_hot",
     "operation",
     "per_token",
+    "predicted",
     "vjp",
 ]

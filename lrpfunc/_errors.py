@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class UncoveredLayerError(ValueError):
     """A layer is not linear and no rule covers it."""
@@ -29,6 +32,9 @@ class LayerNotFoundError(LookupError):
 
 class CaptureError(RuntimeError):
     """The model function cannot be captured as a pure function of tensors."""
+
+
+ERRORS = (*(UncoveredLayerError, RuleError, TargetError, InputError, NoPathError, LayerNotFoundError, CaptureError),)
 
 
 class CaptureWarning(UserWarning):
@@ -64,6 +70,32 @@ class RelevanceWarning(UserWarning):
         >>> str(caught[0].message).partition(":")[0]
         'relevance explodes'
     """
+
+
+class UnusedRuleWarning(UserWarning):
+    """An entry of a composite serves no layer: its selector matches none, or entries before it take all of them.
+
+    It is given once, for entries that you wrote: those of `epsilon_plus()` and the like are there for any net, and so
+    is an entry for all layers of a kind, such as `Dense`.
+
+    Example:
+        >>> import warnings, torch, lrpfunc as lrp
+        >>> rules = [(lrp.name("haed"), lrp.Epsilon(0.1))] + lrp.epsilon()
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     _ = lrp.attribute(lambda w, x: x @ w["head"], rules)({"head": torch.eye(2)}, torch.ones(1, 2))
+        >>> print(str(caught[0].message).partition(":")[0])
+        rules[0] serves no layer
+    """
+
+
+def warn(text: str, category: type[Warning]) -> None:
+    """Warns where the code stands that called lrpfunc."""
+    package, level = __name__.partition(".")[0], 1
+    frame = sys._getframe(0)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)
 
 
 def opaque(name: str | None = None) -> RuleError:

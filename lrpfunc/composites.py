@@ -29,7 +29,7 @@ from lrpfunc._layers.select import (
 )
 from lrpfunc.rules._composite import Composite as Composite
 from lrpfunc.rules._composite import Entry as Entry
-from lrpfunc.rules._composite import composite_of
+from lrpfunc.rules._composite import composite_of, general
 from lrpfunc.rules._message import Stabilizer
 from lrpfunc.rules._rule import Rule, ZeroParams
 from lrpfunc.rules.alpha_beta import AlphaBeta
@@ -49,7 +49,7 @@ Stab = float | Tensor | Stabilizer
 def as_composite(rules: Composite | Iterable[Entry] | None) -> Composite:
     """What users may give for `rules`, as a composite."""
     if rules is None:
-        return Composite((*attn_lrp(), (Convolution, ZPlus()), (Dense, Epsilon())))
+        return general((*attn_lrp(), (Convolution, ZPlus()), (Dense, Epsilon())))
     return composite_of(rules)
 
 
@@ -62,7 +62,7 @@ def _recipe(
     convolution: Rule, dense: Rule, stabilizer: Stab, first_layer: tuple[Selector, Rule] | None = None
 ) -> Composite:
     start: tuple[Entry, ...] = () if first_layer is None else ((first(first_layer[0]), first_layer[1]),)
-    return Composite((*start, *_base(stabilizer), (Convolution, convolution), (Dense, dense)))
+    return general((*start, *_base(stabilizer), (Convolution, convolution), (Dense, dense)))
 
 
 def epsilon(
@@ -227,7 +227,7 @@ def attn_lrp() -> Composite:
     References:
         R. Achtibat et al., "AttnLRP: attention-aware layer-wise relevance propagation for transformers", ICML, 2024.
     """
-    return Composite(
+    return general(
         (
             (Activation, Pass()),
             (Softmax, TaylorSoftmax()),
@@ -253,7 +253,7 @@ def cp_lrp() -> Composite:
     References:
         A. Ali et al., "XAI for transformers: better explanations through conservative propagation", ICML, 2022.
     """
-    return Composite(
+    return general(
         (
             (Activation, Pass()),
             (Softmax, Stop()),
@@ -277,7 +277,7 @@ def mamba_lrp() -> Composite:
     References:
         F. Rezaei Jafari et al., "MambaLRP: explaining selective state space sequence models", NeurIPS, 2024.
     """
-    return Composite(
+    return general(
         (
             (Activation, Pass()),
             (Scan, SignalTakesAll()),
@@ -304,9 +304,7 @@ def excitation_backprop(*, stabilizer: Stab = 1e-6, zero_params: ZeroParams = No
     """
     norm, plain = Norm(stabilizer), Gradient("relevance")
     rule = ZPlus(stabilizer, zero_params)
-    return Composite(
-        ((Activation, plain), (BatchNorm, plain), (Sum, norm), (AvgPool, norm), (Convolution | Dense, rule))
-    )
+    return general(((Activation, plain), (BatchNorm, plain), (Sum, norm), (AvgPool, norm), (Convolution | Dense, rule)))
 
 
 def gradient() -> Composite:
@@ -317,7 +315,7 @@ def gradient() -> Composite:
         >>> lrp.attribute(lambda w, x: (x @ w).tanh(), lrp.gradient())(torch.ones(2, 1), torch.zeros(1, 2), target=0)
         tensor([[1., 1.]])
     """
-    return Composite((), cotangent=True)
+    return general((), cotangent=True)
 
 
 def deconvnet() -> Composite:
@@ -331,7 +329,7 @@ def deconvnet() -> Composite:
     References:
         M. D. Zeiler and R. Fergus, "Visualizing and understanding convolutional networks", ECCV, 2014.
     """
-    return Composite(((ReLU, ReLUDeconvNet()),), cotangent=True)
+    return general(((ReLU, ReLUDeconvNet()),), cotangent=True)
 
 
 def guided_backprop() -> Composite:
@@ -345,7 +343,7 @@ def guided_backprop() -> Composite:
     References:
         J. T. Springenberg et al., "Striving for simplicity: the all convolutional net", ICLR workshop, 2015.
     """
-    return Composite(((ReLU, ReLUGuidedBackprop()),), cotangent=True)
+    return general(((ReLU, ReLUGuidedBackprop()),), cotangent=True)
 
 
 def beta_smooth(beta_smooth: float | Tensor = 10.0) -> Composite:
@@ -362,4 +360,4 @@ def beta_smooth(beta_smooth: float | Tensor = 10.0) -> Composite:
     References:
         A.-K. Dombrowski et al., "Explanations can be manipulated and geometry is to blame", NeurIPS, 2019.
     """
-    return Composite(((ReLU, ReLUBetaSmooth(beta_smooth)),), cotangent=True)
+    return general(((ReLU, ReLUBetaSmooth(beta_smooth)),), cotangent=True)

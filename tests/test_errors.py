@@ -35,7 +35,10 @@ def test_uncovered_layers_are_listed_with_the_line_to_write() -> None:
         "    layer_norm   layer_norm   (2, 4) -> (2, 4)\n"
         "    softmax      softmax      (2, 4) -> (2, 4)\n\n"
         "Relevance would be lost or invented there. Add rules in front of yours, for example\n\n"
-        "    rules = lrp.attn_lrp() + rules"
+        "    rules = lrp.attn_lrp() + rules\n\n"
+        "The last, softmax, is the output: explain its logits instead, which say what speaks for a class and not only "
+        "how sure the model is. Let the model function return them:\n\n"
+        "    return logits  # not logits.softmax(-1)"
     )
     rules = lrp.attn_lrp() + lrp.epsilon()
     assert lrp.attribute(model_fn, rules)(W, X, target=0).shape == X.shape
@@ -121,7 +124,8 @@ TARGETS: dict[str, tuple[Any, str]] = {
     "value": (lrp.one_hot(1, torch.ones(4)), r"value has shape \(4,\), but .* \(2, 4\) takes .* one a sample"),
     "structure": (lambda out: (out, out), "starting relevance has the structure"),
     "type": ("cat", "must be a floating-point tensor, not 'cat'"),
-    "callable_type": (lambda out: out.argmax(-1), "must be a floating-point tensor, not a torch.int64 tensor"),
+    "callable_type": (lambda out: out > 0, "an index must be an integer, not a tensor of torch.bool"),
+    "callable_out_of_range": (lambda out: out.argmax(-1) + 4, "index out of range"),
     "float_index": (lrp.one_hot(torch.tensor(1.7)), "an index must be an integer, not a tensor of torch.float32"),
     "bool_index": (torch.tensor(True), "an index must be an integer, not a tensor of torch.bool"),
     "contrast": (lrp.contrast(1, 9), "target=9 is out of range"),
@@ -144,7 +148,7 @@ def test_rules_that_are_none() -> None:
 
 def test_integer_targets_need_a_vector_or_a_matrix() -> None:
     fn = lrp.attribute(lambda w, x: (x @ w).reshape(2, 2, 2), lrp.epsilon())
-    with pytest.raises(lrp.TargetError, match=r"target=1 indexes the last axis .* shape \(2, 2, 2\)\. Say where"):
+    with pytest.raises(lrp.TargetError, match=r"target=1 indexes the last axis .* shape \(2, 2, 2\)\. For one"):
         fn(W, X, target=1)
     pair = lrp.attribute(lambda w, x: {"a": x @ w, "b": x}, lrp.epsilon())
     with pytest.raises(lrp.TargetError, match=r"2 leaves, of shapes \[\(2, 4\), \(2, 3\)\]"):

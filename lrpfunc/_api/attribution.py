@@ -7,21 +7,24 @@ from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar, final, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrpfunc import _tree as tree
 from lrpfunc._api.arguments import Explained
 from lrpfunc._api.bind import BoundAttribution
+from lrpfunc._api.misuse import misuse
 from lrpfunc._api.options import Options
 from lrpfunc._api.request import recognise
-from lrpfunc._api.target import Contrast, OneHot, Target, form, start, tensors_of
+from lrpfunc._api.target import Target, form, plain, start, tensors_of
 from lrpfunc._api.uncompiled import uncompiled
 from lrpfunc._capture.capture import capture
-from lrpfunc._errors import CaptureError, InputError
+from lrpfunc._capture.module import ModelFunction
+from lrpfunc._errors import ERRORS, CaptureError, InputError, LayerNotFoundError
+from lrpfunc._layers.graph import Graph
 from lrpfunc._lower.bound import Bound
 from lrpfunc._lower.lower import lower
 from lrpfunc._torch import is_wrapped
-from lrpfunc._walk.assign import assign
+from lrpfunc._walk.assign import Assignment, assign
 from lrpfunc._walk.balance import watched
 from lrpfunc._walk.forward import Forward, op_by_op
 from lrpfunc.composites import Composite
@@ -41,16 +44,19 @@ class Attribution(Description, Generic[R]):
     options: Options
     with_value: bool
 
+    def __repr__(self) -> str:
+        rules = f"<{len(self.rules.entries)} rules>"
+        given = [f"{f.name}={v!r}" for f in fields(Options) if (v := getattr(self.options, f.name)) != f.default]
+        return f"Attribution({', '.join([_name_of(self.model_fn), rules, *given])})"
+
     def __reduce__(self) -> Any:
         return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
     @overload
-    def __call__(
-        self, params: Any, x: Tensor, /, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any
-    ) -> R: ...
+    def __call__(self, params: Any, x: Tensor, /, *args: Any, target: Target = None, **kwargs: Any) -> R: ...
     @overload  # what is explained may be any container of tensors
-    def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any: ...
-    def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             from lrpfunc._api.dynamo import call_in_graph  # imports torch._dynamo
 
@@ -90,29 +96,53 @@ class Attribution(Description, Generic[R]):
             reuse: Whether the walk will be taken several times.
         """
         options = self.options
-        explained = Explained(args, options)
-        program, tensors = capture(
-            self.model_fn, args, kwargs, has_aux=options.has_aux, inline=options.inline_functions
-        )
-        graph = recognise(program, explained, options.globs)
-        rules = assign(graph, self.rules)
+        graph, rules, tensors = self.assigned(args, kwargs)
         if not options.lowered:
             return watched(op_by_op(graph, rules, tensors), graph, rules, tensors, self.model_fn)
         # A function may make relevance to differentiate of what is not; the forward pass cannot then be run again.
-        exact = program.is_random and form is Relevance
+        exact = graph.program.is_random and form is Relevance
         forward = lower(
             graph, rules, tensors, form, given, bound=bound, segments=options.segments, reuse=reuse, exact=exact
         )
         return watched(forward, graph, rules, tensors, self.model_fn)
 
+    def assigned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, Assignment, list[Tensor]]:
+        """The layers, their rules, and the tensors that the forward pass is run on."""
+        options = self.options
+        try:
+            explained = Explained(self.model_fn, args, kwargs, options)
+            program, tensors = capture(
+                self.model_fn, args, kwargs, has_aux=options.has_aux, inline=options.inline_functions
+            )
+            graph = recognise(program, explained, options.globs(self._name))
+            return graph, assign(graph, self.rules), tensors
+        except ERRORS as error:  # which say all there is to say: a hundred frames of torch's would hide it
+            raise error.with_traceback(None) from None
+        except Exception as error:
+            if wrong := misuse(self.model_fn, args, kwargs, error):
+                raise wrong from None
+            raise
+
+    def _name(self, module: nn.Module) -> str:
+        """The name of a module that `layers=` was given."""
+        named = self.model_fn.module.named_modules() if isinstance(self.model_fn, ModelFunction) else ()
+        for name, child in named:
+            if child is module and name:
+                return name
+        raise LayerNotFoundError(
+            f"layers= was given a {type(module).__name__} that is no submodule of what the model function was made of. "
+            "Pass modules of the one that from_module was called with, or their names"
+        )
+
     def run(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        target: Target | OneHot | Contrast,
+        target: Target,
         bound: Bound | None = None,
     ) -> Any:
         """The forward pass, and the walk back from where the target says."""
+        target = plain(target)
         forward = self.forward(args, kwargs, form(target), tensors_of(target), bound=bound)
         relevance = forward.pull(start(target, forward.output))
         match self.with_value, self.options.has_aux:
@@ -161,7 +191,7 @@ class Attribution(Description, Generic[R]):
             >>> relevance_fn(torch.tensor([[1.0, 3.0]]), target=1)
             tensor([[0.0000, 3.0000]])
         """
-        if 0 in self.options.numbers:
+        if 0 in self.options.explained:
             raise InputError(
                 f"argnums={self.options.argnums} explains argument 0, which `bind` would hold fixed. Bind the "
                 "parameters of a function f(params, x), whose x is explained"
@@ -172,3 +202,9 @@ class Attribution(Description, Generic[R]):
                 "transform reaches. Call the relevance function with them:\n\n    relevance_fn(params, x)"
             )
         return BoundAttribution(self, params)
+
+
+def _name_of(model_fn: Callable[..., Any]) -> str:
+    if isinstance(model_fn, nn.Module):
+        return type(model_fn).__name__
+    return getattr(model_fn, "__name__", None) or repr(model_fn)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrpfunc import _tree as tree
-from lrpfunc._api.target import Contrast, OneHot, Target
+from lrpfunc._api.target import Target
 from lrpfunc._lower.bound import Bound
 
 R = TypeVar("R")
@@ -43,12 +43,12 @@ class BoundAttribution(nn.Module, Generic[R]):
     if TYPE_CHECKING:  # torch says only that a module can be called
 
         @overload
-        def __call__(self, x: Tensor, /, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> R: ...
+        def __call__(self, x: Tensor, /, *args: Any, target: Target = None, **kwargs: Any) -> R: ...
         @overload
-        def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any: ...
+        def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Any: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def forward(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, target: Target = None, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             from lrpfunc._api.dynamo import call_in_graph  # imports torch._dynamo
 
@@ -65,7 +65,7 @@ class BoundAttribution(nn.Module, Generic[R]):
         """What is bound, as a list."""
         return [leaf for leaf in tree.leaves(self._params) if isinstance(leaf, Tensor)]
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target | OneHot | Contrast) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target) -> Any:
         return self._function.run((self._params, *args), kwargs, target, self._bound)
 
     def value(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -76,6 +76,9 @@ class BoundAttribution(nn.Module, Generic[R]):
         self._params = tree.map_only(Tensor, fn, self._params)
         self._bound = Bound(self._bound.count)
         return super()._apply(fn, recurse)
+
+    def __repr__(self) -> str:
+        return f"{self._function!r}.bind(<{len(self.bound_tensors)} tensors>)"
 
     def __reduce__(self) -> Any:
         return type(self), (self._function, self._params)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lrpfunc._api.target import Contrast, OneHot
+from lrpfunc._api.target import At, Contrast, Made, OneHot
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.identity import identity
 from lrpfunc._capture.isolation import surroundings
@@ -45,12 +45,12 @@ _results: dict[str, Any] = {}
 def call_in_graph(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Any:
     """`function.run(args, kwargs, target)`, as Dynamo traces it."""
     handle = _guarded(function)
-    if isinstance(target, (OneHot, Contrast)):
-        target = _encoded(target)
-    elif callable(target) and not isinstance(target, Tensor):
+    if _is_function(target):
         # Dynamo follows the target itself; what the graph then has of the forward pass twice, the compiler merges.
         outputs = _value(handle, args, kwargs)
         target = ("relevance", target(_rebuilt(_shape(handle), outputs)))
+    elif isinstance(target, Made):
+        target = _encoded(target)
     results = _run(handle, args, kwargs, target)
     return _rebuilt(_shape(handle), results)
 
@@ -96,10 +96,18 @@ def _value(handle: str, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
     return _flat(handle, _functions[handle].value(_plain(args), _plain(kwargs)))
 
 
-def _encoded(target: OneHot | Contrast) -> tuple[Any, ...]:
+def _is_function(target: Any) -> bool:
+    if isinstance(target, At):
+        return _is_function(target.index)
+    return callable(target) and not isinstance(target, (Tensor, OneHot, Contrast))
+
+
+def _encoded(target: Any) -> Any:
     if isinstance(target, OneHot):
         return ("one_hot", target.index, target.value)
-    return ("contrast", target.plus, target.minus)
+    if isinstance(target, Contrast):
+        return ("contrast", target.plus, target.minus)
+    return ("at", target.position, _encoded(target.index)) if isinstance(target, At) else target
 
 
 def _decoded(target: Any) -> Any:
@@ -108,6 +116,8 @@ def _decoded(target: Any) -> Any:
             return OneHot(index, value)
         case ("contrast", plus, minus):
             return Contrast(plus, minus)
+        case ("at", position, index):
+            return At(position, _decoded(index))
         case ("relevance", relevance):
             return lambda _: relevance
     return target

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, final
 
 import torch
 from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
-from lrpfunc._api.arguments import Explained
 from lrpfunc._api.attribution import Attribution
-from lrpfunc._api.options import Argnums, Globs
-from lrpfunc._api.request import recognise
-from lrpfunc._api.target import Contrast, OneHot, Target, start
+from lrpfunc._api.options import Argnames, Argnums, Globs
+from lrpfunc._api.target import Target, plain, start
 from lrpfunc._api.transform import Rules, attribute
-from lrpfunc._capture.capture import capture
 from lrpfunc._errors import CaptureError
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import STRUCTURAL, Kind, Layer
 from lrpfunc._ops.call import operation_name
 from lrpfunc._torch import is_wrapped
-from lrpfunc._walk.assign import assign
 from lrpfunc._walk.forward import on_numbers, relevance, walk
 from lrpfunc.rules._message import Message, Multiplier
 from lrpfunc.rules._rule import Rule
@@ -58,9 +56,9 @@ class Row:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
-    """What `explain` returns; `print` it for a table.
+    """What `explain` returns: shown as a table, in a notebook too.
 
     Attributes:
         rows: One a layer, from the output to the input, those that only move values included.
@@ -91,28 +89,47 @@ class Explanation:
         """What the layers' formulas do not explain: rounding."""
         return self.start - self.relevance_in - sum(self.absorbed.values())
 
-    def __str__(self) -> str:
-        header = ("layer", "operation", "rule", "in", "out", "R out", "R in", "absorbed")
-        names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
-        lines = [header, *(_line(row, names) for row in self.rows if _worth_showing(row))]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        numbers = (5, 6)
+    def __repr__(self) -> str:
+        lines = [_HEADER, *self._lines()]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
         table = [
             "  ".join(
-                cell.rjust(w) if i in numbers else cell.ljust(w)
+                cell.rjust(w) if i in _NUMBERS else cell.ljust(w)
                 for i, (cell, w) in enumerate(zip(line, widths, strict=True))
             )
             for line in lines
         ]
         table.insert(1, "  ".join("-" * width for width in widths))
-        if self.tensors:
-            table += ["", *(f"{name} = {_described(tensor)}" for name, tensor in self.tensors.items())]
-        table += _held_constant(self.rows)
+        return "\n".join(line.rstrip() for line in (*table, "", *self._below()))
+
+    def _repr_html_(self) -> str:
+        def row(cells: Sequence[str], tag: str) -> str:
+            aligned = ((cell, "right" if i in _NUMBERS else "left") for i, cell in enumerate(cells))
+            return "".join(f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>' for cell, side in aligned)
+
+        body = "".join(f"<tr>{row(line, 'td')}</tr>" for line in self._lines())
+        below = "".join(f"<p>{html.escape(line)}</p>" for line in self._below() if line)
+        return f"<table><thead><tr>{row(_HEADER, 'th')}</tr></thead><tbody>{body}</tbody></table>{below}"
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
+        return [_line(row, names) for row in self.rows if _worth_showing(row)]
+
+    def _below(self) -> list[str]:
+        """The tensors in the rules, what is held constant, and the sum of it all."""
+        tensors = [f"{name} = {_described(tensor)}" for name, tensor in self.tensors.items()]
+        held = _held_constant(self.rows)
         total = f"{self.start:.6g} at the output = {self.relevance_in:.6g} at the input"
         for cause, amount in self.absorbed.items():
             if abs(amount) > 1e-12 * max(1.0, abs(self.start)):
                 total += f" {'+' if amount >= 0 else '-'} {abs(amount):.6g} {cause}"
-        return "\n".join(line.rstrip() for line in (*table, "", f"{total}   (residual {self.residual:.1e})"))
+        parts = [[*lines, ""] for lines in (tensors, held) if lines]
+        return [*chain.from_iterable(parts), f"{total}   (residual {self.residual:.1e})"]
+
+
+_HEADER = ("layer", "operation", "rule", "in", "out", "R out", "R in", "absorbed")
+_NUMBERS = (5, 6)
+"""The columns that are aligned to the right."""
 
 
 def _worth_showing(row: Row) -> bool:
@@ -151,7 +168,7 @@ def _held_constant(rows: Sequence[Row]) -> list[str]:
                 source = node.args[0] if operation_name(node) == "detach" else node
                 what = f"{operation_name(source)} {_shape(tuple(node.meta['val'].shape))}"  # type: ignore[arg-type]
                 lines.append(f"    {row.layer.name}: {what}, {'a factor' if is_factor else f'which takes {taken:.5g}'}")
-    return ["", "constants that are computed from the input, behind detach or no_grad:", *lines] if lines else []
+    return ["constants that are computed from the input, behind detach or no_grad:", *lines] if lines else []
 
 
 def _follower(node: fx.Node) -> str:
@@ -162,7 +179,9 @@ def _described(tensor: Tensor) -> str:
     if tensor.numel() == 1:
         return f"{tensor.item():.6g}"
     shape = f"shape {_shape(tuple(tensor.shape))}"
-    return f"{shape}, from {tensor.min().item():.6g} to {tensor.max().item():.6g}" if tensor.numel() else shape
+    if tensor.numel() == 0 or tensor.is_complex():
+        return f"{shape}, of {tensor.dtype}"
+    return f"{shape}, from {tensor.min().item():.6g} to {tensor.max().item():.6g}"
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -177,6 +196,7 @@ def explain(
     has_aux: bool = False,
     layers: Globs = None,
     inline_functions: bool = False,
+    argnames: Argnames = None,
 ) -> Explainer:
     """What served each layer, and where its relevance went: the proof that no operation was missed.
 
@@ -187,6 +207,7 @@ def explain(
         has_aux: As for `attribute`.
         layers: As for `attribute`; needed where the input is made of integers, such as token ids.
         inline_functions: As for `attribute`.
+        argnames: As for `attribute`.
 
     Returns:
         `f(*args, target=None, **kwargs)`, which returns an `Explanation`: data, and a table when printed. For
@@ -205,7 +226,15 @@ def explain(
         (5.0, 4.0, 1.0)
     """
     return Explainer(
-        attribute(model_fn, rules, argnums=argnums, has_aux=has_aux, layers=layers, inline_functions=inline_functions)
+        attribute(
+            model_fn,
+            rules,
+            argnums=argnums,
+            has_aux=has_aux,
+            layers=layers,
+            inline_functions=inline_functions,
+            argnames=argnames,
+        )
     )
 
 
@@ -216,7 +245,10 @@ class Explainer:
 
     attribution: Attribution[Any]
 
-    def __call__(self, *args: Any, target: Target | OneHot | Contrast = None, **kwargs: Any) -> Explanation:
+    def __repr__(self) -> str:
+        return f"Explainer({self.attribution!r})"
+
+    def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Explanation:
         _refuse_abstract({"args": args, "kwargs": kwargs, "target": target, "rules": self.attribution.rules})
         with torch.no_grad():
             return _explanation(self.attribution, args, target, kwargs)
@@ -229,7 +261,15 @@ def _tensors(attribution: Attribution[Any]) -> dict[str, Tensor]:
 
 def _number(tensor: Tensor) -> float:
     _refuse_abstract({"a number that a rule or a target computes": tensor})
-    return float(tensor)
+    return float(tensor.real)
+
+
+def _relevance(message: Message, activation: Tensor) -> Tensor:
+    """As real numbers: torch's multiplier of a complex activation is the conjugate of what it is multiplied by."""
+    if not activation.is_complex():
+        return message.relevance(activation)
+    conjugate = Multiplier(message.value.conj()) if isinstance(message, Multiplier) else message
+    return conjugate.relevance(activation).real
 
 
 def _refuse_abstract(values: dict[str, Any]) -> None:
@@ -243,14 +283,8 @@ def _refuse_abstract(values: dict[str, Any]) -> None:
 
 
 def _explanation(attribution: Attribution[Any], args: Any, target: Any, kwargs: dict[str, Any]) -> Explanation:
-    options = attribution.options
-    explained = Explained(args, options)
-    program, tensors = capture(
-        attribution.model_fn, args, kwargs, has_aux=options.has_aux, inline=options.inline_functions
-    )
-    graph = recognise(program, explained, options.globs)
+    graph, rules, tensors = attribution.assigned(args, kwargs)
     program = graph.program
-    rules = assign(graph, attribution.rules)
     values = program.run(tensors)
     rows: list[Row] = []
 
@@ -261,19 +295,19 @@ def _explanation(attribution: Attribution[Any], args: Any, target: Any, kwargs: 
             rows.append(_row(layer, rule, messages, results))
 
     outputs = [values[node] for node in program.outputs]
-    messages = start(target, program.output(outputs))
+    messages = start(plain(target), program.output(outputs))
     arrived = walk(graph, rules, messages, on_numbers(values, observe=observe))
     if attribution.rules.cotangent:
         messages = [Multiplier(message.value) for message in messages]
-    begun = sum(_number(m.relevance(output).sum()) for m, output in zip(messages, outputs, strict=True))
-    reached = sum(_number(m.relevance(values[n]).sum()) for n in graph.starts for m in arrived.get(n, ()))
-    found = graph.answer([relevance(values[node], arrived.get(node, ()), rules) for node in graph.requested])
+    begun = sum(_number(_relevance(m, output).sum()) for m, output in zip(messages, outputs, strict=True))
+    reached = sum(_number(_relevance(m, values[n]).sum()) for n in graph.starts for m in arrived.get(n, ()))
+    found = graph.answer([relevance(graph, node, rules, values, arrived) for node in graph.requested])
     return Explanation(tuple(rows), begun, found, reached, _tensors(attribution))
 
 
 def _row(layer: BoundLayer, rule: Rule, messages: Sequence[Message | None], results: Sequence[Message | None]) -> Row:
-    out = [m.relevance(y) for m, y in zip(messages, layer.outputs, strict=True) if m is not None]
-    into = [m.relevance(x) for m, x in zip(results, layer.inputs, strict=True) if m is not None]
+    out = [_relevance(m, y) for m, y in zip(messages, layer.outputs, strict=True) if m is not None]
+    into = [_relevance(m, x) for m, x in zip(results, layer.inputs, strict=True) if m is not None]
     absorbed = rule.account(layer, messages)
     return Row(
         layer.layer,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
+
+from torch import nn
 
 from lrpfunc._errors import InputError
 
 Argnums = int | tuple[int, ...]
-Globs = str | Sequence[str] | None
+Argnames = str | Sequence[str] | None
+Globs = str | nn.Module | Sequence[str | nn.Module] | None
 
 
 @final
@@ -23,6 +26,7 @@ class Options:
     inline_functions: bool = False
     lowered: bool = True
     segments: int = 1
+    argnames: Argnames = None
 
     def __post_init__(self) -> None:
         if self.segments < 1:
@@ -34,18 +38,35 @@ class Options:
                 f"segments={self.segments} divides the program that lowered=False does without. Leave out one of "
                 "the two"
             )
+        if self.argnames is not None and self.argnums != 1:
+            raise InputError(
+                f"argnums={self.argnums} and argnames={self.argnames!r} both say what is explained; leave one out"
+            )
         # As tuples they compare, hash and cannot change.
         if not isinstance(self.argnums, int):
             object.__setattr__(self, "argnums", tuple(self.argnums))
-        if not isinstance(self.layers, str | None):
+        if not isinstance(self.layers, str | nn.Module | None):
             object.__setattr__(self, "layers", tuple(self.layers))
+        if not isinstance(self.argnames, str | None):
+            object.__setattr__(self, "argnames", tuple(self.argnames))
 
     @property
-    def globs(self) -> tuple[str, ...]:
-        """`layers`, always as a tuple."""
-        return (self.layers,) if isinstance(self.layers, str) else tuple(self.layers or ())
+    def explained(self) -> tuple[int | str, ...]:
+        """The arguments to explain, by number or name, always as a tuple."""
+        explained = self.argnums if self.argnames is None else self.argnames
+        return explained if isinstance(explained, tuple) else (explained,)  # type: ignore[return-value]
 
     @property
-    def numbers(self) -> tuple[int, ...]:
-        """`argnums`, always as a tuple."""
-        return (self.argnums,) if isinstance(self.argnums, int) else self.argnums
+    def is_single(self) -> bool:
+        """Whether one argument is explained, and not a tuple of them."""
+        return isinstance(self.argnums if self.argnames is None else self.argnames, int | str)
+
+    def globs(self, names: Callable[[nn.Module], str]) -> tuple[str, ...]:
+        """`layers`, always as a tuple of globs.
+
+        Args:
+            names: The name of a module.
+        """
+        layers = (self.layers,) if isinstance(self.layers, str | nn.Module) else self.layers or ()
+        globs = [(layer,) if isinstance(layer, str) else (names(layer), f"{names(layer)}@*") for layer in layers]
+        return tuple(glob for group in globs for glob in group)

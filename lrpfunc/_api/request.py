@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor, fx
+
 from lrpfunc._api.arguments import Explained
-from lrpfunc._api.selected import named_nodes, selected
-from lrpfunc._capture.program import Program
+from lrpfunc._api.selected import selected
+from lrpfunc._capture.program import Program, is_float
 from lrpfunc._errors import CaptureError, InputError, NoPathError
 from lrpfunc._layers.graph import Graph, build_graph
 from lrpfunc._layers.layer import Layer
@@ -31,7 +34,7 @@ def _recognised(program: Program, explained: Explained, globs: tuple[str, ...]) 
     if taps and not data:
         data = [program.inputs[place] for place in explained.others]
     if explained.integers:
-        data += named_nodes(program, globs, [program.inputs[place] for place in explained.integers])
+        data += _first_numbers(program, {program.inputs[place] for place in explained.integers})
     graph = build_graph(program, data, taps, sources, explained.spec)
     if misread := [layer for layer in graph.layers if _takes_as_input(layer)]:
         raise InputError(
@@ -52,6 +55,32 @@ def _recognised(program: Program, explained: Explained, globs: tuple[str, ...]) 
             "detach its input"
         )
     return replace(graph, selected=selected(graph, globs))
+
+
+def _first_numbers(program: Program, integers: set[fx.Node]) -> list[fx.Node]:
+    """The first floating-point activations that depend on integers, such as the embeddings of tokens.
+
+    A mask that is made of them, by a comparison with the number for padding, carries nothing of what they say; nor does
+    an index into activations that depend on them already, such as that of the next token in log-probabilities.
+    """
+    found: list[fx.Node] = []
+    behind, beyond = set(integers), set[fx.Node]()
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if not beyond.isdisjoint(node.all_input_nodes):
+            beyond.add(node)
+        elif not behind.isdisjoint(node.all_input_nodes):
+            if is_float(node):
+                found.append(node)
+                beyond.add(node)
+            elif not _is_boolean(node):
+                behind.add(node)
+    return found
+
+
+def _is_boolean(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], Tensor) and node.meta["val"].dtype is torch.bool
 
 
 def _takes_as_input(layer: Layer) -> bool:
@@ -77,7 +106,3 @@ def _check_output(program: Program) -> None:
                 "floating-point number, cannot start. Return the scores before argmax or a comparison, and other "
                 "results as aux, with has_aux=True"
             )
-
-
-# --------------------------------------------------------------------------------------------------------------
-# layers=

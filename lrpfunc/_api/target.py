@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, final
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -15,7 +16,15 @@ from lrpfunc._errors import TargetError
 from lrpfunc.rules._equality import Description
 from lrpfunc.rules._message import Message, Multiplier, Relevance
 
-Target = int | Tensor | Callable[[Any], Any] | None
+
+class Array(Protocol):
+    """An array of NumPy's, which may not be installed."""
+
+    def __array__(self) -> Any: ...
+
+
+Index = int | Tensor | Sequence[int] | Array
+Target = Index | Callable[[Any], Any] | None
 
 
 @final
@@ -51,7 +60,34 @@ class Contrast(Description):
         return self.start(output).relevance(output)
 
 
-def one_hot(target: int | Tensor, value: float | Tensor | None = None) -> OneHot:
+@final
+@dataclass(frozen=True, eq=False)
+class At(Description):
+    """A target that `at` makes."""
+
+    position: int | Tensor
+    index: Any
+
+    def start(self, output: Tensor) -> Message:
+        if output.ndim < 2:
+            raise TargetError(
+                f"lrpfunc.at(position={self.position!r}, ...) takes an output of shape (N, positions, classes), not of "
+                f"shape {tuple(output.shape)}: write target={self.index!r}"
+            )
+        place = _indicator(output[..., 0], self.position, "positions")
+        there = torch.where(place.unsqueeze(-1) == 1, output, 0).sum(-2)
+        (message,) = start(self.index, there)
+        return type(message)(place.unsqueeze(-1) * message.value.unsqueeze(-2))  # type: ignore[call-arg]
+
+    def __call__(self, output: Tensor) -> Tensor:
+        return self.start(output).relevance(output)
+
+
+Made = OneHot, Contrast, At
+"""Targets that functions of lrpfunc make."""
+
+
+def one_hot(target: Index, value: float | Tensor | None = None) -> OneHot:
     """Relevance starts at one output, with the logit there or with a constant.
 
     Args:
@@ -66,10 +102,10 @@ def one_hot(target: int | Tensor, value: float | Tensor | None = None) -> OneHot
         >>> lrp.one_hot(1, value=1.0)(torch.tensor([[3.0, 5.0]]))
         tensor([[0., 1.]])
     """
-    return OneHot(target, value)
+    return OneHot(plain(target), value)
 
 
-def contrast(plus: int | Tensor, minus: int | Tensor) -> Contrast:
+def contrast(plus: Index, minus: Index) -> Contrast:
     """What speaks for one output rather than another: `+logit` at `plus`, `-logit` at `minus`.
 
     Args:
@@ -84,13 +120,68 @@ def contrast(plus: int | Tensor, minus: int | Tensor) -> Contrast:
         >>> lrp.contrast(1, 0)(torch.tensor([[3.0, 5.0]]))
         tensor([[-3.,  5.]])
     """
-    return Contrast(plus, minus)
+    return Contrast(plain(plus), plain(minus))
 
 
-def form(target: Target | OneHot | Contrast) -> type[Relevance] | type[Multiplier]:
+def at(position: Index, index: Target) -> At:
+    """Relevance starts at one position of a sequence, for logits of shape `(N, positions, classes)`.
+
+    Args:
+        position: Which position, negative from the end; a tensor has one for each sample, of shape `(N,)`.
+        index: A target for the logits of shape `(N, classes)` at that position.
+
+    Returns:
+        A target. Called with an output of shape `(N, positions, classes)` it gives the starting relevance.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> lrp.at(position=-1, index=2)(torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]]))
+        tensor([[[0., 0., 0.],
+                 [0., 0., 6.]]])
+        >>> lrp.at(position=0, index=lrp.predicted)(torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]]))
+        tensor([[[0., 0., 3.],
+                 [0., 0., 0.]]])
+    """
+    return At(plain(position), plain(index))
+
+
+def predicted(output: Tensor) -> Tensor:
+    """A target: for each sample the class with the largest logit.
+
+    Args:
+        output: Logits of shape `(N, C)` or `(C,)`.
+
+    Returns:
+        The indices, on the last axis.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> relevance_fn = lrp.attribute(lambda w, x: x @ w, lrp.epsilon())
+        >>> relevance_fn(torch.eye(2), torch.tensor([[1.0, 3.0]]), target=lrp.predicted)
+        tensor([[0.0000, 3.0000]])
+    """
+    return output.argmax(-1)
+
+
+def plain(target: Any) -> Any:
+    """A list of integers, or an array of NumPy's, as the tensor that it stands for; any other target as it is."""
+    numpy = sys.modules.get("numpy")  # who has an array has imported it
+    if numpy is not None and isinstance(target, numpy.ndarray):
+        return torch.as_tensor(target)
+    is_index = isinstance(target, (list, tuple)) and len(target) > 0 and all(map(_is_index, target))
+    return torch.tensor([operator.index(index) for index in target]) if is_index else target
+
+
+def _is_index(target: Any) -> bool:
+    return hasattr(target, "__index__") and not isinstance(target, (bool, Tensor))
+
+
+def form(target: Any) -> type[Relevance] | type[Multiplier]:
     """The form of the messages that `start` gives."""
     if isinstance(target, OneHot):
         return Multiplier if target.value is None else Relevance
+    if isinstance(target, At):
+        return form(target.index)
     if isinstance(target, Tensor) and target.is_floating_point():
         return Relevance
     return Relevance if callable(target) and not isinstance(target, (Contrast, Tensor)) else Multiplier
@@ -98,23 +189,30 @@ def form(target: Target | OneHot | Contrast) -> type[Relevance] | type[Multiplie
 
 def tensors_of(target: Any) -> list[Tensor]:
     """The tensors that the target is made of."""
-    parts = (target.index, target.value) if isinstance(target, OneHot) else (target,)
-    parts = (target.plus, target.minus) if isinstance(target, Contrast) else parts
-    return [part for part in parts if isinstance(part, Tensor)]
+    if isinstance(target, Made):
+        return [tensor for field in fields(target) for tensor in tensors_of(getattr(target, field.name))]
+    return [target] if isinstance(target, Tensor) else []
 
 
-def start(target: Target | OneHot | Contrast, output: Any) -> list[Message]:
+def start(target: Any, output: Any) -> list[Message]:
     """The messages at the tensors of the output."""
     leaves, spec = tree.flatten(output)
     if target is None:
         return [Multiplier(torch.ones_like(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
+    if isinstance(target, At):
+        return [target.start(_tensor(leaves, target))]
     if isinstance(target, (OneHot, Contrast)):
         return [target.start(_single(leaves, target))]
-    if hasattr(target, "__index__") and not isinstance(target, (bool, Tensor)):
-        return [OneHot(operator.index(target)).start(_single(leaves, target))]  # type: ignore[arg-type]
+    if _is_index(target):
+        return [OneHot(operator.index(target)).start(_single(leaves, target))]
     if isinstance(target, Tensor) and not target.is_floating_point():
         return [OneHot(target).start(_single(leaves, target))]
-    value = target(output) if callable(target) else target
+    if not callable(target):
+        return relevances(target, leaves, spec)
+    value = plain(target(output))
+    if _is_index(value) or (isinstance(value, Tensor) and not value.is_floating_point()):
+        (message,) = start(value, output)
+        return [Relevance(message.relevance(_single(leaves, value)))]
     return relevances(value, leaves, spec)
 
 
@@ -150,15 +248,28 @@ def relevances(value: Any, leaves: list[Any], spec: Any) -> list[Message]:
     return messages
 
 
-def _single(leaves: list[Any], target: Any) -> Tensor:
+def _tensor(leaves: list[Any], target: Any) -> Tensor:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if len(leaves) == 1 and len(tensors) == 1 and tensors[0].ndim in (1, 2):
+    if len(leaves) == 1 and len(tensors) == 1:
         return tensors[0]
     shapes = [tuple(leaf.shape) for leaf in tensors]
     raise TargetError(
-        f"target={target!r} indexes the last axis of an output of 1 or 2 dimensions, but the output has "
-        + (f"shape {shapes[0]}" if len(leaves) == 1 else f"{len(leaves)} leaves, of shapes {shapes}")
-        + ". Say where relevance starts with a function, for example\n\n"
+        f"target={target!r} indexes an output that is one tensor, but the output has {len(leaves)} leaves, of shapes "
+        f"{shapes}. Pick one of them, for example\n\n"
+        "    model_fn, params = lrpfunc.from_module(module, output=lambda out: out.logits)"
+    )
+
+
+def _single(leaves: list[Any], target: Any) -> Tensor:
+    output = _tensor(leaves, target)
+    if output.ndim in (1, 2):
+        return output
+    shown = "lrpfunc.predicted" if isinstance(target, Tensor) and target.ndim > 0 else repr(target)
+    raise TargetError(
+        f"target={target!r} indexes the last axis of an output of 1 or 2 dimensions, but the output has shape "
+        f"{tuple(output.shape)}. For one position of a sequence, whose logits have shape (N, positions, classes), or "
+        "with a function for any other start, write\n\n"
+        f"    target=lrpfunc.at(position=-1, index={shown})\n"
         "    target=lambda out: torch.zeros_like(out).index_fill(1, torch.tensor([3]), 1) * out"
     )
 
@@ -174,7 +285,7 @@ def _for_samples(value: Tensor, output: Tensor) -> Tensor:
     return value.to(device=output.device, dtype=output.dtype).unsqueeze(-1)
 
 
-def _indicator(output: Tensor, index: int | Tensor) -> Tensor:
+def _indicator(output: Tensor, index: int | Tensor, noun: str = "classes") -> Tensor:
     """1 at the index on the last axis, 0 elsewhere, shaped like the output."""
     classes = output.shape[-1]
     batch = output.shape[:-1]
@@ -185,7 +296,7 @@ def _indicator(output: Tensor, index: int | Tensor) -> Tensor:
     if not isinstance(index, Tensor):
         if not -classes <= index < classes:
             raise TargetError(
-                f"target={index} is out of range for an output of shape {tuple(output.shape)} with {classes} classes: "
+                f"target={index} is out of range for an output of shape {tuple(output.shape)} with {classes} {noun}: "
                 f"use an index from {-classes} to {classes - 1}"
             )
         index = torch.tensor(index % classes, device=output.device)
@@ -204,5 +315,5 @@ def _indicator(output: Tensor, index: int | Tensor) -> Tensor:
             raise
         raise TargetError(
             f"the target tensor has an index out of range for an output of shape {tuple(output.shape)} with {classes} "
-            f"classes: use indices from {-classes} to {classes - 1}"
+            f"{noun}: use indices from {-classes} to {classes - 1}"
         ) from error

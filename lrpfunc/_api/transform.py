@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrpfunc import _tree as tree
 from lrpfunc._api.attribution import Attribution
-from lrpfunc._api.options import Argnums, Globs, Options
-from lrpfunc._api.target import relevances
+from lrpfunc._api.options import Argnames, Argnums, Globs, Options
+from lrpfunc._api.target import plain, start
 from lrpfunc._api.uncompiled import uncompiled
 from lrpfunc._errors import InputError
 from lrpfunc.composites import Composite, Entry, as_composite
@@ -48,7 +48,7 @@ def attribute(
     *,
     argnums: Literal[1] = 1,
     has_aux: Literal[False] = False,
-    layers: str | Sequence[str],
+    layers: str | nn.Module | Sequence[str | nn.Module],
     **rest: Unpack[_Rest],
 ) -> Attribution[Named]: ...
 @overload
@@ -68,7 +68,7 @@ def attribute(
     *,
     argnums: Literal[1] = 1,
     has_aux: Literal[True],
-    layers: str | Sequence[str],
+    layers: str | nn.Module | Sequence[str | nn.Module],
     **rest: Unpack[_Rest],
 ) -> Attribution[tuple[Named, Aux]]: ...
 @overload
@@ -77,6 +77,7 @@ def attribute(
     rules: Rules = None,
     *,
     argnums: Argnums = 1,
+    argnames: Argnames = None,
     has_aux: bool = False,
     layers: Globs = None,
     **rest: Unpack[_Rest],
@@ -91,6 +92,7 @@ def attribute(
     inline_functions: bool = False,
     lowered: bool = True,
     segments: int = 1,
+    argnames: Argnames = None,
 ) -> Attribution[Any]:
     """Transforms a model function into one that explains it: the relevance of an argument for the output.
 
@@ -102,24 +104,29 @@ def attribute(
             first: an explained argument 0 is taken to be parameters if another argument has floating-point tensors.
         rules: Which rule serves which layer: a composite or a list of pairs `(selector, rule)`. With `None`,
             convolutions take `ZPlus`, dense layers `Epsilon`, and everything else is served as in `attn_lrp()`.
-        argnums: The argument to explain, or a tuple of several.
+        argnums: The argument to explain, or a tuple of several; one that is given by its name counts, too.
         has_aux: Whether `model_fn` returns `(output, aux)`.
-        layers: A glob, or several, on module paths, where relevance is wanted too; `*` crosses dots. In a function
-            without modules, on the names that `explain` prints.
+        layers: A glob on module paths, a module, or several of them, where relevance is wanted too; `*` crosses dots.
+            In a function without modules, on the names that `explain` prints. Attention that runs in a module `path`
+            has two names more: `path.weights`, of shape `(N, heads, queries, keys)`, and `path.heads`, what the heads
+            give before they are merged. Where the input is made of integers, such as token ids, relevance starts at
+            the first floating-point activations that depend on them.
         inline_functions: Explain the forward of a custom `autograd.Function` instead of refusing it.
         lowered: Run the forward pass and the walk as one flat program, made at the first call with tensors of such
             shapes. `False` takes the operations and rules one at a time, so that a debugger can stop in a rule.
         segments: Trades compute for memory, as `torch.utils.checkpoint` does: the walk back computes the forward pass
             anew in that many parts, and only what stands between them is kept. About the square root of the number of
             layers needs the least memory.
+        argnames: The name of the argument to explain, or a tuple of several, in place of `argnums`.
 
     Returns:
-        `f(*args, target=None, **kwargs)`, which returns relevance shaped like `args[argnums]` (a tuple for a tuple);
-        with `layers`, `(relevance, {name: relevance})`; with `has_aux`, `(that, aux)`. `target` says where relevance
-        starts: an integer or integer tensor indexes the last axis of an output of 1 or 2 dimensions, one for all
-        samples or one each; a floating-point tensor like the output, or a function from the output to one, is the
-        starting relevance itself; `None` starts with the output. In a cotangent composite, such as `gradient()`, an
-        integer or `None` starts with ones there, the cotangent of the output.
+        `f(*args, target=None, **kwargs)`, which returns relevance shaped like `args[argnums]` (a tuple for a tuple,
+        `None` for integers); with `layers`, `(relevance, {name: relevance})`; with `has_aux`, `(that, aux)`. `target`
+        says where relevance starts: an integer, or a tensor, list or array of integers, indexes the last axis of an
+        output of 1 or 2 dimensions, one for all samples or one each; `at(position, index)` does so for the logits of a
+        sequence; a floating-point tensor like the output is the starting relevance itself; a function of the output
+        returns one of these, as `predicted` does; `None` starts with the output. In a cotangent composite, such as
+        `gradient()`, an integer or `None` starts with ones there, the cotangent of the output.
 
     Raises:
         UncoveredLayerError: If a layer is not linear and no rule covers it.
@@ -143,7 +150,7 @@ def attribute(
         S. Bach et al., "On pixel-wise explanations for non-linear classifier decisions by layer-wise relevance
         propagation", PLOS ONE 10(7), 2015.
     """
-    options = Options(argnums, has_aux, layers, inline_functions, lowered, segments)
+    options = Options(argnums, has_aux, layers, inline_functions, lowered, segments, argnames)
     return _attribution(model_fn, rules, options, with_value=False)
 
 
@@ -164,7 +171,7 @@ def attribute_and_value(
     *,
     argnums: Literal[1] = 1,
     has_aux: Literal[False] = False,
-    layers: str | Sequence[str],
+    layers: str | nn.Module | Sequence[str | nn.Module],
     **rest: Unpack[_Rest],
 ) -> Attribution[tuple[Named, Output]]: ...
 @overload
@@ -184,7 +191,7 @@ def attribute_and_value(
     *,
     argnums: Literal[1] = 1,
     has_aux: Literal[True],
-    layers: str | Sequence[str],
+    layers: str | nn.Module | Sequence[str | nn.Module],
     **rest: Unpack[_Rest],
 ) -> Attribution[tuple[Named, tuple[Output, Aux]]]: ...
 @overload
@@ -193,6 +200,7 @@ def attribute_and_value(
     rules: Rules = None,
     *,
     argnums: Argnums = 1,
+    argnames: Argnames = None,
     has_aux: bool = False,
     layers: Globs = None,
     **rest: Unpack[_Rest],
@@ -207,8 +215,13 @@ def attribute_and_value(
     inline_functions: bool = False,
     lowered: bool = True,
     segments: int = 1,
+    argnames: Argnames = None,
 ) -> Attribution[Any]:
     """Like `attribute`, and returns the model's output as well, from the same single forward pass.
+
+    Two calls are two forward passes, and where the model draws random numbers, as dropout does in training, two draws:
+    the output of one is not what the relevance of the other explains. For several attributions of one forward pass,
+    run that by `vjp`, whose pullback takes any number of targets.
 
     Args:
         model_fn: As for `attribute`.
@@ -219,6 +232,7 @@ def attribute_and_value(
         inline_functions: As for `attribute`.
         lowered: As for `attribute`.
         segments: As for `attribute`.
+        argnames: As for `attribute`.
 
     Returns:
         A function that returns `(relevance, output)`; with `has_aux`, `(relevance, (output, aux))`, in the order of
@@ -230,7 +244,7 @@ def attribute_and_value(
         >>> fn(torch.ones(2, 1), torch.tensor([[1.0, 3.0]]), target=0)
         (tensor([[1.0000, 3.0000]]), tensor([[4.]]))
     """
-    options = Options(argnums, has_aux, layers, inline_functions, lowered, segments)
+    options = Options(argnums, has_aux, layers, inline_functions, lowered, segments, argnames)
     return _attribution(model_fn, rules, options, with_value=True)
 
 
@@ -254,8 +268,13 @@ def vjp(
     *primals: Any,
     argnums: Literal[1] = 1,
     has_aux: Literal[False] = False,
+    layers: None = None,
+    inline_functions: bool = False,
+    lowered: bool = True,
+    segments: int = 1,
+    argnames: None = None,
     **kwargs: Any,
-) -> tuple[Output, Callable[[Output], Tensor]]: ...
+) -> tuple[Output, Callable[[Any], Tensor]]: ...
 @overload
 def vjp(
     model_fn: Callable[..., tuple[Output, Aux]],
@@ -266,8 +285,13 @@ def vjp(
     *primals: Any,
     argnums: Literal[1] = 1,
     has_aux: Literal[True],
+    layers: None = None,
+    inline_functions: bool = False,
+    lowered: bool = True,
+    segments: int = 1,
+    argnames: None = None,
     **kwargs: Any,
-) -> tuple[Output, Callable[[Output], Tensor], Aux]: ...
+) -> tuple[Output, Callable[[Any], Tensor], Aux]: ...
 @overload
 def vjp(
     model_fn: Callable[..., Any],
@@ -275,6 +299,11 @@ def vjp(
     *primals: Any,
     argnums: Argnums = 1,
     has_aux: bool = False,
+    layers: Globs = None,
+    inline_functions: bool = False,
+    lowered: bool = True,
+    segments: int = 1,
+    argnames: Argnames = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]: ...
 @uncompiled
@@ -284,6 +313,11 @@ def vjp(
     *primals: Any,
     argnums: Argnums = 1,
     has_aux: bool = False,
+    layers: Globs = None,
+    inline_functions: bool = False,
+    lowered: bool = True,
+    segments: int = 1,
+    argnames: Argnames = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
     """Runs a model function once and returns what pulls relevance back through that run, as `torch.func.vjp` does.
@@ -294,12 +328,18 @@ def vjp(
         *primals: The arguments of `model_fn`.
         argnums: The argument to explain, or a tuple of several.
         has_aux: Whether `model_fn` returns `(output, aux)`.
+        layers: As for `attribute`.
+        inline_functions: As for `attribute`.
+        lowered: As for `attribute`.
+        segments: As for `attribute`.
+        argnames: As for `attribute`.
         **kwargs: Keyword arguments of `model_fn`.
 
     Returns:
         `(output, pullback)`, or `(output, pullback, aux)`. `pullback` takes starting relevance, a pytree of tensors
-        like the output, and returns relevance shaped like `primals[argnums]`, a tuple only for a tuple `argnums`.
-        Call it, or `vmap` it, as often as you like.
+        like the output, or any other `target` of `attribute`, and returns what `attribute` does: relevance shaped like
+        `primals[argnums]`, a tuple only for a tuple `argnums`, with `layers` that and the relevance there. Call it, or
+        `vmap` it, as often as you like.
 
     Example:
         >>> import torch, lrpfunc as lrp
@@ -308,13 +348,19 @@ def vjp(
         tensor([[[1.0000, 0.0000]],
         <BLANKLINE>
                 [[0.0000, 3.0000]]])
+        >>> pullback(lrp.predicted)
+        tensor([[0.0000, 3.0000]])
     """
-    attribution = _attribution(model_fn, rules, Options(argnums, has_aux), with_value=False)
+    options = Options(argnums, has_aux, layers, inline_functions, lowered, segments, argnames)
+    attribution = _attribution(model_fn, rules, options, with_value=False)
     forward = attribution.forward(primals, kwargs, Relevance, reuse=True)
-    leaves, spec = tree.flatten(forward.output)
+    outputs = [leaf for leaf in tree.leaves(forward.output) if isinstance(leaf, Tensor)]
 
     @uncompiled
-    def pullback(relevance: Any) -> Any:
-        return forward.pull(relevances(relevance, leaves, spec))
+    def pullback(target: Any) -> Any:
+        messages = start(plain(target), forward.output)
+        if not attribution.rules.cotangent:  # else what the start says of a multiplier is a cotangent
+            messages = [Relevance(m.relevance(output)) for m, output in zip(messages, outputs, strict=True)]
+        return forward.pull([Relevance(message.value) for message in messages])
 
     return (forward.output, pullback, forward.aux) if has_aux else (forward.output, pullback)

@@ -15,8 +15,8 @@ from lrpfunc._capture.identity import check_tensor_type, describe_tensor
 from lrpfunc._capture.isolation import alone, isolated, surroundings
 from lrpfunc._capture.program import Program
 from lrpfunc._capture.trace import trace
-from lrpfunc._capture.warned import subject_of, times, warn
-from lrpfunc._errors import CaptureWarning
+from lrpfunc._capture.warned import subject_of, times
+from lrpfunc._errors import CaptureWarning, warn
 from lrpfunc._torch import constant
 
 _SIZE = 128

@@ -75,6 +75,7 @@ def functional(trace: Trace) -> Program:
         aux_spec=trace.aux,
         modules=_modules(state, trace, markers),
         numbers=trace.numbers,
+        module_types=trace.module_types,
     )
 
 

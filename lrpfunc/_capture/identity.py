@@ -18,6 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lrpfunc._capture.refused import check_tensor
 from lrpfunc._errors import InputError
 
 # --------------------------------------------------------------------------------------------------------------
@@ -66,10 +67,7 @@ def _is_of(dead: weakref.ref[Any], place: int) -> bool:
 
 def describe_tensor(tensor: Tensor) -> tuple[Hashable, ...]:
     """What of a tensor a trace can depend on: everything but its numbers."""
-    if tensor.layout is not torch.strided:
-        raise InputError(
-            f"an argument has a tensor of layout {tensor.layout}, which cannot be traced: pass tensor.to_dense()"
-        )
+    check_tensor(tensor)
     return (tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), tensor.dtype, tensor.device)
 
 

@@ -28,11 +28,13 @@ class Recorder:
 
     Attributes:
         events: `(kind, path, markers, spec)` in order of execution; `kind` is "enter" or "exit".
+        module_types: The class of the module behind each path.
     """
 
     def __init__(self, tick: Tensor):
         self.tick = tick
         self.events: list[tuple[str, str, list[Tensor | None], Any]] = []
+        self.module_types: dict[str, type] = {}
         self._calls: Counter[str] = Counter()
         self._stack: list[str] = []
 
@@ -57,6 +59,7 @@ class Recorder:
             call = self._calls[path]
             self._calls[path] += 1
             self._stack.append(f"{path}@{call}" if call else path)
+            self.module_types[self._stack[-1]] = type(module)
             self.events.append(("enter", self._stack[-1], [self._marker(self.tick)], None))
 
         return hook

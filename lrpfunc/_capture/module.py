@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from lrpfunc._capture.markers import current_recorder
+from lrpfunc._capture.refused import check_module
 
 
 def structural_copy(module: nn.Module) -> nn.Module:
@@ -53,6 +54,9 @@ class ModelFunction:
     output: Callable[[Any], Any] | None = None
     return_buffers: bool = False
 
+    def __repr__(self) -> str:
+        return f"ModelFunction({type(self.module).__name__})"
+
     def __call__(self, params: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         module = structural_copy(self.module)
         if recorder := current_recorder():
@@ -69,7 +73,11 @@ class ModelFunction:
 
 
 def from_module(
-    module: nn.Module, *, output: Callable[[Any], Any] | None = None, return_buffers: bool = False
+    module: nn.Module,
+    *,
+    output: Callable[[Any], Any] | None = None,
+    return_buffers: bool = False,
+    frozen: bool = False,
 ) -> tuple[ModelFunction, dict[str, Tensor]]:
     """A pure function `model_fn(params, *args, **kwargs)` and the parameters to call it with.
 
@@ -81,11 +89,13 @@ def from_module(
         output: Picks what is explained from the module's output, for example `lambda out: out.logits`.
         return_buffers: Return `(output, buffers)`, with the buffers as the forward pass leaves them, so that the
             running statistics of a batch norm in training mode can go on learning. Use it with `has_aux=True`.
+        frozen: Give the parameters without `requires_grad`, if nobody is to differentiate with respect to them. Else
+            relevance keeps what that needs, as every result of a module with parameters does: several times the memory.
 
     Returns:
         The function, and a dictionary from names, as in `module.named_parameters()`, to the live floating-point
-        parameters and buffers. Buffers of other types are read from the module at each call; with
-        `return_buffers=True` they are part of the dictionary too.
+        parameters and buffers, detached if they are `frozen`. Buffers of other types are read from the module at each
+        call; with `return_buffers=True` they are part of the dictionary too.
 
     Example:
         >>> import torch, lrpfunc as lrp
@@ -94,12 +104,18 @@ def from_module(
         torch.Size([1, 2])
         >>> sorted(params)
         ['bias', 'weight']
+
+    Raises:
+        InputError: If the parameters are not in the module when it is called, as in one that is distributed or lazy.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"from_module takes a torch.nn.Module, not {type(module).__name__}. A plain function f(params, x) needs "
             "no conversion: write lrpfunc.attribute(f)(params, x)"
         )
-    params = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    check_module(module)
+    params: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     params |= {name: b for name, b in module.named_buffers() if return_buffers or b.is_floating_point()}
+    if frozen:
+        params = {name: tensor.detach() for name, tensor in params.items()}
     return ModelFunction(module, output, return_buffers), params

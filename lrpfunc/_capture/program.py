@@ -29,6 +29,7 @@ class Program:
         closed: The placeholders of the closed-over tensors: each an index into the environment, or a constant.
         numbers: Numbers in tensors that became part of it: it is for those alone.
         modules: `(name, leaves, spec)` of every module's output, in order of execution; a leaf is a node or `None`.
+        module_types: The class of each, by its name.
         graphs: What was recognised in the program, for each choice of what is explained.
     """
 
@@ -41,6 +42,7 @@ class Program:
     aux_spec: Returned
     modules: list[tuple[str, list[fx.Node | None], Any]]
     numbers: list[Number]
+    module_types: dict[str, type]
     graphs: Cache[Any] = field(default_factory=lambda: Cache(16))
 
     @cached_property

@@ -36,6 +36,7 @@ class Trace:
         aux: The same for the auxiliary output.
         events: Where modules begin and end, as the recorder saw it, with `True` for each marker; the markers are the
             last graph outputs.
+        module_types: The class of the module behind each path.
         closed: How many placeholders stand for tensors of the environment.
         held: The places of those that are in arguments of types that torch's pytree does not know.
         constants: Tensors that are no inputs, by the name they are read by: made by the function, mostly.
@@ -48,6 +49,7 @@ class Trace:
     outputs: Returned
     aux: Returned
     events: list[tuple[str, str, list[bool], Any]]
+    module_types: dict[str, type]
     closed: int
     held: set[int]
     constants: dict[str, Tensor]
@@ -126,6 +128,7 @@ def _trace(
     # `decomposition_table={}`: without it torch 2.15 turns `detach` into `alias`, which stops nothing.
     options: dict[str, Any] = {"pre_dispatch": True} if before_dispatch else {"decomposition_table": {}}
     module = make_fx(marked, tracing_mode="fake", _allow_non_fake_inputs=True, **options)(*inputs)
+    found["module_types"] = recorders[-1].module_types
     return module, recorders[-1].handed_over(), found, watches[-1]
 
 
@@ -252,6 +255,7 @@ def trace(
         found["outputs"],
         found["aux"],
         events,
+        found["module_types"],
         len(closed),
         _held(closed, model_fn),
         values,

@@ -1,11 +1,9 @@
-"""Warnings about a model function: each once, at the line that called lrpfunc."""
+"""What was noticed of a model function, so that a warning about it is given once."""
 
 from __future__ import annotations
 
 import functools
-import sys
 import types
-import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -36,12 +34,3 @@ def subject_of(model_fn: Any) -> Any:
         case types.FunctionType():
             return model_fn.__code__
     return model_fn
-
-
-def warn(text: str, category: type[Warning]) -> None:
-    """Warns at the line that called lrpfunc."""
-    package, level = __name__.partition(".")[0], 1
-    frame = sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, category, stacklevel=level)

@@ -33,6 +33,9 @@ class BoundLayer:
     exact: bool = True
     rectified: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"BoundLayer({self.layer!r})"
+
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """The activations that depend on the explained input."""

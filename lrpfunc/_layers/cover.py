@@ -146,6 +146,7 @@ class Cover:
             name=scopes[-1] if scopes else _numbered(_parameter_name(found) or operation, counts),
             operation=operation,
             modules=tuple(scopes),
+            module_types=tuple(self._program.module_types[path] for path in scopes),
             depth=depth,
             linear=nature.linear,
             nonnegative=all(n in self._nonnegative for n in inputs),

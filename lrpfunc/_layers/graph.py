@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.decompose import written_out
 from lrpfunc._capture.program import Program
+from lrpfunc._layers.attention import Attention, attentions
 from lrpfunc._layers.cover import Cover
 from lrpfunc._layers.layer import Kind, Layer
 from lrpfunc._torch import nothing
@@ -33,6 +35,8 @@ class Graph:
         starts: The nodes at which relevance ends its way: those leaves, or the layers explained in their place.
         layers: In order of execution.
         entries: Where `layers=` may ask for relevance; a node is `None` where there is none.
+        inner: Where it may inside of attention, by names that no module has.
+        fused: The fused attentions, by the nodes that stand for their weights.
         selected: Where it does.
         assigned: Which rule serves which layer, for each composite.
         programs: The forward pass and the walk as flat programs, for each assignment.
@@ -46,6 +50,8 @@ class Graph:
     starts: list[fx.Node]
     layers: list[Layer]
     entries: list[Entry]
+    inner: list[Entry]
+    fused: dict[fx.Node, Attention]
     selected: Sequence[Entry] = ()
     assigned: Cache[Any] = field(default_factory=lambda: Cache(16))
     programs: Cache[Any] = field(default_factory=lambda: Cache(16))
@@ -76,8 +82,11 @@ def build_graph(
     """The layers that depend on `data`, or on parameters that are explained themselves, the `taps`."""
     program, cover, layers, new = _written_out(program, data, taps)
     entries = _entries(program, layers, cover.needed & cover.active)
+    found = list(attentions(layers))
+    fused = {attention.weights: attention for attention in found if attention.product is not None}
     starts = list(dict.fromkeys(new[node] for node in data))
-    return Graph(program, [node and new[node] for node in sources], spec, cover.needed, starts, layers, entries)
+    sources = [node and new[node] for node in sources]
+    return Graph(program, sources, spec, cover.needed, starts, layers, entries, _inner(found), fused)
 
 
 _Covered = tuple[Program, Cover, list[Layer], dict[fx.Node, Any]]
@@ -148,3 +157,15 @@ def _entries(program: Program, layers: list[Layer], needed: set[fx.Node]) -> lis
         return [(name, [place(leaf) for leaf in leaves], spec) for name, leaves, spec in program.modules]
     leaf_spec = tree.structure(0)
     return [(layer.name, [layer.output], leaf_spec) for layer in layers if len(layer.outputs) == 1 and not layer.is_tap]
+
+
+def _inner(found: list[Attention]) -> list[Entry]:
+    entries: list[Entry] = []
+    names: Counter[str] = Counter()
+    for attention in found:
+        base = attention.layer.name
+        number = f"@{names[base]}" if names[base] else ""  # a module may have several
+        names[base] += 1
+        entries.append((f"{base}.weights{number}", [attention.weights], tree.structure(0)))
+        entries.append((f"{base}.heads{number}", [attention.layer.output], tree.structure(0)))
+    return entries

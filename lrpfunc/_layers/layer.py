@@ -39,6 +39,7 @@ class Layer:
             layer's parameter, or the operation's name, likewise numbered.
         operation: The name of the torch operation, such as `"conv2d"`.
         modules: The paths of all modules around the operation, from the outside in.
+        module_types: Their classes.
         depth: The share of the way through the dense layers and convolutions, from 0 to 1.
         linear: Whether the layer is affine in its inputs, so that it needs no rule.
         nonnegative: Whether the input is known to be non-negative.
@@ -57,6 +58,7 @@ class Layer:
     name: str
     operation: str
     modules: tuple[str, ...]
+    module_types: tuple[type, ...]
     depth: float
     linear: bool
     nonnegative: bool

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import final
+
+from torch import nn
 
 from lrpfunc._layers.layer import Kind, Layer, Role
 
@@ -14,29 +16,54 @@ from lrpfunc._layers.layer import Kind, Layer, Role
 class Selector(abc.ABC):
     """A predicate on layers; selectors combine with `&`, `|` and `~`, with any other `Layer -> bool` too.
 
+    A class of modules selects the layers in modules of that class, and a glob those in modules with such a path, as
+    `name` does: they may stand wherever a selector may.
+
     Example:
-        >>> import lrpfunc as lrp
+        >>> import torch, lrpfunc as lrp
         >>> (lrp.Dense | lrp.Convolution) & ~lrp.name("head*")
         ((Dense | Convolution) & ~name('head*'))
+        >>> lrp.Dense & "head*" | torch.nn.Bilinear
+        ((Dense & name('head*')) | Bilinear)
     """
 
     @abc.abstractmethod
     def __call__(self, layer: Layer) -> bool: ...
 
-    def __and__(self, other: Callable[[Layer], bool]) -> Selector:
-        return _And(self, other)
+    def __and__(self, other: Selects) -> Selector:
+        return _And(self, selector_of(other))
 
-    def __rand__(self, other: Callable[[Layer], bool]) -> Selector:
-        return _And(other, self)
+    def __rand__(self, other: Selects) -> Selector:
+        return _And(selector_of(other), self)
 
-    def __or__(self, other: Callable[[Layer], bool]) -> Selector:
-        return _Or(self, other)
+    def __or__(self, other: Selects) -> Selector:
+        return _Or(self, selector_of(other))
 
-    def __ror__(self, other: Callable[[Layer], bool]) -> Selector:
-        return _Or(other, self)
+    def __ror__(self, other: Selects) -> Selector:
+        return _Or(selector_of(other), self)
 
     def __invert__(self) -> Selector:
         return _Not(self)
+
+
+Selects = Callable[[Layer], bool] | type[nn.Module] | str
+"""What may stand for a selector."""
+
+
+def selector_of(selects: Selects) -> Callable[[Layer], bool]:
+    """A class of modules and a glob as the selectors that they stand for; any other is one."""
+    if isinstance(selects, str):
+        return name(selects)
+    return _OfModule(selects) if isinstance(selects, type) and issubclass(selects, nn.Module) else selects
+
+
+def names_something(selector: Callable[[Layer], bool]) -> bool:
+    """Whether it names a module, a class or an operation, which a net then ought to have."""
+    if isinstance(selector, (_And, _Or)):
+        return names_something(selector.left) or names_something(selector.right)
+    if isinstance(selector, _End):
+        return names_something(selector.selector)
+    return isinstance(selector, (_Name, _OfModule, _Operation)) and selector != ReLU
 
 
 @final
@@ -61,6 +88,18 @@ class _OfRole(Selector):
 
     def __repr__(self) -> str:
         return self.role.value
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class _OfModule(Selector):
+    cls: type[nn.Module]
+
+    def __call__(self, layer: Layer) -> bool:
+        return any(issubclass(cls, self.cls) for cls in layer.module_types)
+
+    def __repr__(self) -> str:
+        return self.cls.__qualname__
 
 
 @final
@@ -104,14 +143,14 @@ class _Not(Selector):
 @final
 @dataclass(frozen=True, repr=False)
 class _Name(Selector):
-    glob: str
+    globs: tuple[str, ...]
 
     def __call__(self, layer: Layer) -> bool:
         paths = (layer.name, *layer.modules)
-        return any(fnmatchcase(p, self.glob) or fnmatchcase(p.rpartition("@")[0] or p, self.glob) for p in paths)
+        return any(fnmatchcase(path, glob) for glob in self.globs for p in paths for path in _spellings(p))
 
     def __repr__(self) -> str:
-        return f"name({self.glob!r})"
+        return f"name({self.globs[0] if len(self.globs) == 1 else list(self.globs)!r})"
 
 
 @final
@@ -153,18 +192,27 @@ class _Depth(Selector):
         return f"depth({self.low}, {self.high})"
 
 
-def name(glob: str) -> Selector:
+def _spellings(path: str) -> Iterator[str]:
+    """The path of a call, and that of all calls of the module."""
+    yield path
+    if "@" in path:
+        yield path.rpartition("@")[0]
+
+
+def name(glob: str | Sequence[str]) -> Selector:
     """The layers in modules whose path matches a glob: the layer itself or any module around it.
 
     Args:
-        glob: As in `fnmatch`; `*` crosses dots, so `"layer1*"` is everything in `layer1`. Without `@k` it matches
-            every call of a reused module, with it that one call.
+        glob: As in `fnmatch`, or several, of which one is to match; `*` crosses dots, so `"layer1*"` is everything in
+            `layer1`. Without `@k` it matches every call of a reused module, with it that one call.
 
     Example:
         >>> import lrpfunc as lrp
         >>> rules = [(lrp.Dense & lrp.name("head*"), lrp.Epsilon(0.1))] + lrp.epsilon_plus()
+        >>> lrp.name(["layer1*", "layer2*"])
+        name(['layer1*', 'layer2*'])
     """
-    return _Name(glob)
+    return _Name((glob,) if isinstance(glob, str) else tuple(glob))
 
 
 def operation(glob: str) -> Selector:
@@ -177,24 +225,24 @@ def operation(glob: str) -> Selector:
     return _Operation(glob)
 
 
-def first(selector: Callable[[Layer], bool]) -> Selector:
+def first(selector: Selects) -> Selector:
     """The first selected layer in order of execution, among those that depend on the explained input.
 
     Example:
         >>> import lrpfunc as lrp
         >>> rules = [(lrp.first(lrp.Convolution), lrp.ZBox(-1.0, 1.0))] + lrp.epsilon_plus()
     """
-    return _End(selector, is_first=True)
+    return _End(selector_of(selector), is_first=True)
 
 
-def last(selector: Callable[[Layer], bool]) -> Selector:
+def last(selector: Selects) -> Selector:
     """The last selected layer in order of execution, among those that depend on the explained input.
 
     Example:
         >>> import lrpfunc as lrp
         >>> rules = [(lrp.last(lrp.Dense), lrp.Epsilon(0.0))] + lrp.epsilon_plus()
     """
-    return _End(selector, is_first=False)
+    return _End(selector_of(selector), is_first=False)
 
 
 def depth(low: float, high: float) -> Selector:

@@ -129,7 +129,7 @@ def _whole(graph: Graph, rules: Assignment, form: type[Message], shared: Sequenc
         known = dict(zip(nodes, filled, strict=True))
         messages = [form(m) for m in start]  # type: ignore[call-arg]
         arrived = walk(graph, rules, messages, on_numbers(known, exact=exact))
-        results = [relevance(known[node], arrived.get(node, ()), rules) for node in graph.requested]
+        results = [relevance(graph, node, rules, known, arrived) for node in graph.requested]
         return [*results, *(_evaluated(BoundLayer(layer, known, exact)) for layer in shared)]
 
     starts = [node.meta["val"] for node in graph.program.outputs]

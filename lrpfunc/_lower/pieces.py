@@ -95,7 +95,7 @@ def pieced(
     """
     laid = _Laid(graph, rules, evaluate, set(shared), exact)
     arrived = walk(graph, rules, [form(node) for node in laid.start], laid.step)  # type: ignore[call-arg]
-    results = [laid.relevance(node, arrived.get(node, ())) for node in graph.requested]
+    results = [laid.relevance(node, arrived) for node in graph.requested]
     evaluated = [laid.evaluated.get(layer) or laid.evaluate(layer) for layer in shared]
     laid.graph.output((*results, *evaluated))
     return Traced(laid.graph, laid.constants, laid.stable)
@@ -139,6 +139,10 @@ class _Piece:
     forms: Sequence[type[Message] | None]
 
 
+def _form(message: Message) -> Hashable:
+    return type(message), describe_tensor(message.value.meta["val"])  # type: ignore[attr-defined]
+
+
 class _Laid:
     """The graph that pieces are laid into. Its placeholders are those of a trace of the whole walk."""
 
@@ -150,6 +154,7 @@ class _Laid:
         shared: set[Layer],
         exact: bool,
     ):
+        self._layers = graph
         self._rules = rules
         self._evaluate = evaluate
         self._shared = shared
@@ -178,7 +183,7 @@ class _Laid:
     ) -> Sequence[Message | None]:
         reads = _Reads(layer, *([] if rectified is None else [rectified]))
         shares = layer in self._shared
-        came = tuple(tuple((type(m), describe_tensor(m.value.meta["val"])) for m in group) for group in incoming)
+        came = tuple(tuple(map(_form, group)) for group in incoming)
         chosen = self._rules.chosen[layer]
         rule_key = chosen if isinstance(chosen, int) else repr(chosen)
         place = None if _is_ours(rule) else layer
@@ -193,12 +198,18 @@ class _Laid:
             self.evaluated[layer] = results.pop()
         return results
 
-    def relevance(self, node: fx.Node, came: Sequence[Message]) -> fx.Node:
+    def relevance(self, node: fx.Node, arrived: Mapping[fx.Node, Sequence[Message]]) -> fx.Node:
         """The relevance of a node that is asked for."""
-        forms = tuple((type(m), describe_tensor(m.value.meta["val"])) for m in came)  # type: ignore[attr-defined]
-        key = ("relevance", _described(node.meta["val"]), forms)
+        attention = self._layers.fused.get(node)
+        place = node if attention is None else attention.layer.output
+        reads = [node] if attention is None else _Reads(attention.layer).nodes
+        came = arrived.get(place, ())
+        key = ("relevance", node if attention else _described(node.meta["val"]), tuple(map(_form, came)))
         (result,) = self._lay(
-            key, lambda values, messages: [relevance(values[node], messages[0], self._rules)], [node], [came]
+            key,
+            lambda values, messages: [relevance(self._layers, node, self._rules, values, {place: messages[0]})],
+            reads,
+            [came],
         )
         return result
 

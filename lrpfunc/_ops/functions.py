@@ -158,9 +158,28 @@ def attention_written_out(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Attention by matrix products and a softmax, which has every derivative and batching rule."""
+    return _attention_math(query, key, value, attn_mask, *args, **kwargs)[0]
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The softmax inside of attention."""
+    return _attention_math(query, key, value, attn_mask, *args, **kwargs)[1]
+
+
+def attended(weights: Tensor, value: Tensor) -> Tensor:
+    """What attention makes of its weights; several heads may share one value."""
+    heads = weights.shape[-3] // value.shape[-3] if value.ndim > 2 else 1
+    return weights @ (value if heads == 1 else value.repeat_interleave(heads, -3))
+
+
+def _attention_math(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-    return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, *args, **kwargs)[0]
+    return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, *args, **kwargs)
 
 
 def fused(target: Any, *args: Any, **kwargs: Any) -> Any:

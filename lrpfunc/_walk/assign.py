@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
+from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.isolation import isolated
 from lrpfunc._capture.watch import Watch
-from lrpfunc._errors import NoPathError, RuleError, UncoveredLayerError, opaque
+from lrpfunc._errors import NoPathError, RuleError, UncoveredLayerError, UnusedRuleWarning, opaque, warn
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.graph import Graph
 from lrpfunc._layers.layer import STRUCTURAL, Kind, Layer
+from lrpfunc._layers.select import names_something
 from lrpfunc.composites import Composite, attn_lrp
 from lrpfunc.rules._plumbing import default_rule
 from lrpfunc.rules._rule import Rule
@@ -54,6 +56,7 @@ def assign(graph: Graph, composite: Composite) -> Assignment:
     if chosen is None:
         with watch:
             chosen = _chosen(graph, composite)
+            _warn_of_unused(graph, composite, chosen)
         if not watch.reads:
             graph.assigned.put(reads.key, chosen)
     return Assignment(composite, chosen, reads.key, reads.tensors, stable=not watch.reads)
@@ -91,13 +94,42 @@ def _chosen(graph: Graph, composite: Composite) -> dict[Layer, int | Rule]:
             + "\n\nNarrow the selector, for example `lrpfunc.name('features*') & lrpfunc.Convolution`"
         )
     if uncovered:
-        raise _uncovered(uncovered)
+        raise _uncovered(uncovered, graph.program.outputs)
     if custom := Environment(*rules.values(), transformed=True).custom:
         raise opaque(custom[0].__name__)
     softmaxes = [layer for layer in rules if layer.kind not in STRUCTURAL]
     if {layer.kind for layer in softmaxes} == {Kind.SOFTMAX} and needed.isdisjoint({*graph.starts, *graph.sources}):
         raise _stopped_at_once(softmaxes[0])
     return chosen
+
+
+_warned: Cache[bool] = Cache(1024)
+
+
+def _warn_of_unused(graph: Graph, composite: Composite, chosen: Mapping[Layer, int | Rule]) -> None:
+    """Warns of each entry that somebody wrote for this net, and that does nothing in it.
+
+    An entry for all layers of a kind may be meant for many nets, of which this one has no such layer.
+    """
+    used = set(chosen.values())
+    layers = [layer for layer in graph.layers if layer.kind not in STRUCTURAL and not layer.is_tap]
+    for place, selector in enumerate(composite.selectors):
+        if place in used or composite.is_general(place):
+            continue
+        taken = [layer for layer in layers if selector(layer)]
+        earlier = sorted({i for layer in taken if isinstance(i := chosen.get(layer), int)})
+        if earlier:
+            shown = ", ".join(f"rules[{i}]" for i in earlier)
+            why = f"{shown} before it takes what it selects. The first entry that matches decides: put yours in front"
+        elif not taken and names_something(selector):
+            names = list(dict.fromkeys(layer.name for layer in layers))
+            why = f"its selector matches none of the layers {', '.join(names[:12])}{', ...' if names[12:] else ''}"
+        else:
+            continue
+        text = f"rules[{place}] serves no layer: {why}\n\n    ({selector!r}, {composite[place]!r})"
+        if _warned.get(text) is None:
+            _warned.put(text, True)
+            warn(text, UnusedRuleWarning)
 
 
 def _objection(rule: Rule, layer: Layer) -> str | None:
@@ -111,7 +143,7 @@ def _objection(rule: Rule, layer: Layer) -> str | None:
     return rule.objection(layer)
 
 
-def _uncovered(layers: list[Layer]) -> UncoveredLayerError:
+def _uncovered(layers: list[Layer], outputs: Sequence[fx.Node]) -> UncoveredLayerError:
     columns = [
         (layer.name, layer.operation, f"{', '.join(map(str, layer.input_shapes))} -> {layer.output_shape}")
         for layer in layers
@@ -119,10 +151,16 @@ def _uncovered(layers: list[Layer]) -> UncoveredLayerError:
     widths = [max(len(row[i]) for row in columns) for i in (0, 1)]
     table = "\n".join(f"    {n:<{widths[0]}}   {o:<{widths[1]}}   {shapes}" for n, o, shapes in columns)
     verb = "is" if len(layers) == 1 else "are"
+    last = next((layer for layer in layers if layer.kind is Kind.SOFTMAX and layer.output in outputs), None)
+    instead = last and (
+        f"\n\nThe last, {last.name}, is the output: explain its logits instead, which say what speaks for a class and "
+        "not only how sure the model is. Let the model function return them:\n\n"
+        f"    return logits  # not logits.{last.operation}(-1)"
+    )
     return UncoveredLayerError(
         f"{_counted(len(layers), 'layer')} {verb} not linear and no rule covers {'it' if verb == 'is' else 'them'}:\n\n"
         f"{table}\n\nRelevance would be lost or invented there. Add rules in front of yours, for example\n\n"
-        f"    rules = {_covering(layers)} + rules"
+        f"    rules = {_covering(layers)} + rules" + (instead or "")
     )
 
 

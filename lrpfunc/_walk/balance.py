@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lrpfunc import _tree as tree
-from lrpfunc._capture.warned import times, warn
-from lrpfunc._errors import RelevanceWarning
+from lrpfunc._capture.warned import times
+from lrpfunc._errors import RelevanceWarning, warn
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.graph import Graph
 from lrpfunc._layers.layer import Layer
@@ -36,7 +36,7 @@ def watched(
 
     def pull(start: Sequence[Message]) -> Any:
         answer = forward.pull(start)
-        relevances = [leaf for leaf in tree.leaves(answer) if leaf is not None]
+        relevances = [leaf for leaf in tree.leaves(answer) if isinstance(leaf, Tensor)]
         found = dict(zip(graph.requested, relevances, strict=True))
         arrived = [found[node] for node in graph.starts]
         values = [message.value for message in start]

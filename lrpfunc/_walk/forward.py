@@ -41,7 +41,7 @@ def op_by_op(graph: Graph, rules: Assignment, tensors: Sequence[Tensor]) -> Forw
 
     def pull(start: Sequence[Message]) -> Any:
         arrived = walk(graph, rules, start, on_numbers(values))
-        return graph.answer([relevance(values[node], arrived.get(node, ()), rules) for node in graph.requested])
+        return graph.answer([relevance(graph, node, rules, values, arrived) for node in graph.requested])
 
     output = program.output([values[node] for node in program.outputs])
     aux = program.aux_output([values[node] for node in program.aux])
@@ -67,10 +67,24 @@ def on_numbers(values: Mapping[fx.Node, Any], *, exact: bool = True, observe: Ob
     return step
 
 
-def relevance(value: Tensor, came: Sequence[Message], rules: Assignment) -> Tensor:
-    """The relevance of an activation, from the messages that came by; in a cotangent composite, the cotangent there."""
-    if not came:
+def relevance(
+    graph: Graph,
+    node: fx.Node,
+    rules: Assignment,
+    values: Mapping[fx.Node, Any],
+    arrived: Mapping[fx.Node, Sequence[Message]],
+) -> Tensor:
+    """The relevance of a node that is asked for; in a cotangent composite, the cotangent there."""
+    attention = graph.fused.get(node)
+    came = arrived.get(node if attention is None else attention.layer.output, ())
+    if attention is None:
+        value = values[node]
+        message = add(came, value) if came else None
+    else:  # the weights are no value of the program, and get what they would get if it were written out
+        product = attention.bound(values)
+        value = product.inputs[0]
+        message = rules.rules[attention.layer].apply(product, [add(came, product.output)])[0] if came else None
+    if message is None:
         return value.new_zeros(value.shape)
-    message = add(came, value)
     form = message.multiplier if rules.composite.cotangent else message.relevance
     return form(value).to(value.dtype)

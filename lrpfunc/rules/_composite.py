@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, cast, final
 
 from lrpfunc import _tree as tree
 from lrpfunc._errors import RuleError
 from lrpfunc._layers.layer import Kind, Layer
+from lrpfunc._layers.select import Selects, selector_of
 from lrpfunc.rules._equality import Description
 from lrpfunc.rules._rule import Rule
 from lrpfunc.rules.generic import Gradient
 from lrpfunc.rules.softmax import TaylorSoftmax
 
-Entry = tuple[Callable[[Layer], bool], Rule]
+Entry = tuple[Selects, Rule]
+
+
+class _General(tuple[Any, ...]):
+    """An entry of a recipe, which is for any net: it may well serve no layer of this one."""
 
 
 @final
@@ -31,7 +36,8 @@ class Composite(Description):
     `rules[0].gamma`.
 
     Args:
-        entries: The pairs. A selector is any `Layer -> bool`.
+        entries: The pairs. A selector is any `Layer -> bool`; a class of modules and a glob on their paths stand for
+            the layers in such modules.
         cotangent: Whether what travels is a cotangent, as in guided backprop: layers without an entry take their
             plain VJP, and the answer is the cotangent at the input, not multiplied by it.
 
@@ -42,6 +48,8 @@ class Composite(Description):
         (Dense, Epsilon(epsilon=0.1, zero_params=None))
 
         >>> import torch
+        >>> lrp.Composite([("head*", lrp.Epsilon(0.1)), (torch.nn.Conv2d, lrp.ZPlus())]).entries[0]
+        (name('head*'), Epsilon(epsilon=0.1, zero_params=None))
         >>> def total(rules):
         ...     return lrp.attribute(lambda w, x: x @ w, rules)(torch.eye(2), torch.ones(1, 2)).sum()
         >>> torch.func.grad(total)(lrp.Composite([(lrp.Dense, lrp.Epsilon(torch.tensor(1.0)))]))[0].epsilon
@@ -54,14 +62,7 @@ class Composite(Description):
     cotangent: bool = False
 
     def __post_init__(self) -> None:
-        entries = tuple(self.entries)
-        for entry in entries:
-            if not (isinstance(entry, tuple) and len(entry) == 2 and callable(entry[0]) and isinstance(entry[1], Rule)):
-                raise TypeError(
-                    f"a composite is made of pairs (selector, rule), not of {entry!r}; for example\n\n"
-                    "    lrpfunc.Composite([(lrpfunc.Dense, lrpfunc.Epsilon())])"
-                )
-        object.__setattr__(self, "entries", entries)
+        object.__setattr__(self, "entries", tuple(map(_checked, self.entries)))
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -89,12 +90,21 @@ class Composite(Description):
 
     def place_for(self, layer: Layer) -> int | None:
         """The place of the first entry that matches."""
-        return next((place for place, (selector, _) in enumerate(self.entries) if selector(layer)), None)
+        return next((place for place, selector in enumerate(self.selectors) if selector(layer)), None)
+
+    @property
+    def selectors(self) -> Sequence[Callable[[Layer], bool]]:
+        """Those of the entries, in order."""
+        return [cast(Callable[[Layer], bool], selector) for selector, _ in self.entries]
+
+    def is_general(self, place: int) -> bool:
+        """Whether the entry at that place is for any net, as those of recipes are."""
+        return isinstance(self.entries[place], _General)
 
     def _check_softmax_inside(self, attention: Layer, rule: Rule) -> None:
         """Refuses an entry for softmax that decides where attention is written out, and not where it is fused."""
         softmax = replace(attention, kind=Kind.SOFTMAX, operation="softmax")
-        places = (i for i, (selector, _) in enumerate(self.entries) if selector(attention) or selector(softmax))
+        places = (i for i, selector in enumerate(self.selectors) if selector(attention) or selector(softmax))
         place = next(places, None)
         decides = rule if place is None else self[place]
         absorbs = decides == Gradient() or (isinstance(decides, TaylorSoftmax) and decides.bias == "absorb")
@@ -111,19 +121,35 @@ class Composite(Description):
 
 
 def _flatten(rules: Composite) -> tuple[list[tuple[tree.Key, Rule]], tuple[Any, ...]]:
-    selectors = tuple(selector for selector, _ in rules)
+    selectors = tuple((entry[0], type(entry)) for entry in rules)
     return [(tree.IndexKey(place), rule) for place, (_, rule) in enumerate(rules)], (selectors, rules.cotangent)
 
 
 def _unflatten(rules: Iterable[Rule], structure: tuple[Any, ...]) -> Composite:
     selectors, cotangent = structure
     composite = object.__new__(Composite)  # without its checks: anything may stand in the place of a rule
-    object.__setattr__(composite, "entries", tuple(zip(selectors, rules, strict=True)))
+    entries = tuple(cls((selector, rule)) for (selector, cls), rule in zip(selectors, rules, strict=True))
+    object.__setattr__(composite, "entries", entries)
     object.__setattr__(composite, "cotangent", cotangent)
     return composite
 
 
 tree.register(Composite, _flatten, _unflatten)
+
+
+def _checked(entry: Any) -> Entry:
+    is_pair = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Rule)
+    if not (is_pair and (callable(entry[0]) or isinstance(entry[0], str))):
+        raise TypeError(
+            f"a composite is made of pairs (selector, rule), not of {entry!r}; for example\n\n"
+            "    lrpfunc.Composite([(lrpfunc.Dense, lrpfunc.Epsilon())])"
+        )
+    return entry if isinstance(entry, _General) else (selector_of(entry[0]), entry[1])
+
+
+def general(entries: Iterable[Entry], cotangent: bool = False) -> Composite:
+    """A composite for any net, whose entries may serve no layer of this one."""
+    return Composite(tuple(map(_General, entries)), cotangent)  # pyright: ignore[reportArgumentType]
 
 
 def composite_of(rules: Composite | Iterable[Entry]) -> Composite:

@@ -48,7 +48,7 @@ class Gradient(Rule):
             return Linear().absorbed(layer, *messages)
         linear = layer.jvp(list(map(carried, layer.inputs)))
         parts = zip(messages, layer.outputs, linear, strict=True)
-        return {"nonlinearity": added(m.value * (carried(y) - part) for m, y, part in parts)}
+        return {"nonlinearity": added(m.value.conj() * (carried(y) - part) for m, y, part in parts)}
 
 
 @final
