@@ -11,9 +11,10 @@ from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.functional import functional
-from lrpfunc._capture.identity import check_tensor_type, describe_tensor
+from lrpfunc._capture.identity import describe_tensor
 from lrpfunc._capture.isolation import alone, isolated, surroundings
 from lrpfunc._capture.program import Program
+from lrpfunc._capture.refused import check_tensor_type
 from lrpfunc._capture.trace import trace
 from lrpfunc._capture.warned import subject_of, times
 from lrpfunc._errors import CaptureWarning, warn

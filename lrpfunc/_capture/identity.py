@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from lrpfunc._capture.refused import check_tensor
-from lrpfunc._errors import InputError
 
 # --------------------------------------------------------------------------------------------------------------
 # The same object
@@ -69,30 +68,6 @@ def describe_tensor(tensor: Tensor) -> tuple[Hashable, ...]:
     """What of a tensor a trace can depend on: everything but its numbers."""
     check_tensor(tensor)
     return (tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), tensor.dtype, tensor.device)
-
-
-@functools.lru_cache(4096)
-def check_tensor_type(kind: type) -> None:
-    """Refuses tensors that do otherwise than torch's: a trace sees plain ones in their place."""
-    if kind.__module__.partition(".")[0] in ("torch", "torchvision"):
-        return
-    plain = (torch.Tensor, torch.nn.Parameter)  # whose subclasses have none of their own
-    changed = [
-        name
-        for name in ("__torch_function__", "__torch_dispatch__")
-        if all(_function(kind, name) is not _function(other, name) for other in plain)
-    ]
-    if changed:
-        raise InputError(
-            f"a tensor of type {kind.__module__}.{kind.__qualname__} says by its own `{changed[0]}` what operations "
-            "do, and a recording does not follow that: relevance would be that of a plain tensor. Pass one, for "
-            "example\n\n    x.as_subclass(torch.Tensor)"
-        )
-
-
-def _function(kind: type, name: str) -> Any:
-    method = getattr(kind, name, None)
-    return getattr(method, "__func__", method)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -71,3 +74,27 @@ def check_tensor(tensor: Tensor) -> None:
         )
     if type(tensor).__name__ == "DTensor":
         raise InputError("an argument has a DTensor, of which every process holds a part: pass x.full_tensor()")
+
+
+@functools.lru_cache(4096)
+def check_tensor_type(kind: type) -> None:
+    """Refuses tensors that do otherwise than torch's: a trace sees plain ones in their place."""
+    if kind.__module__.partition(".")[0] in ("torch", "torchvision"):
+        return
+    plain = (Tensor, nn.Parameter)  # whose subclasses have none of their own
+    changed = [
+        name
+        for name in ("__torch_function__", "__torch_dispatch__")
+        if all(_function(kind, name) is not _function(other, name) for other in plain)
+    ]
+    if changed:
+        raise InputError(
+            f"a tensor of type {kind.__module__}.{kind.__qualname__} says by its own `{changed[0]}` what operations "
+            "do, and a recording does not follow that: relevance would be that of a plain tensor. Pass one, for "
+            "example\n\n    x.as_subclass(torch.Tensor)"
+        )
+
+
+def _function(kind: type, name: str) -> Any:
+    method = getattr(kind, name, None)
+    return getattr(method, "__func__", method)
