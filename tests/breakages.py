@@ -31,13 +31,13 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FIRST = ["tests/test_arithmetic.py", "tests/test_oracle.py", "tests/test_rules.py", "tests/test_layers.py"]
+FIRST = ["tests/test_oracle.py", "tests/test_arithmetic.py", "tests/test_values.py"]
 LATER = {
     "_walk": ["tests/test_errors.py", "tests/test_products.py", "tests/test_several_outputs.py"],
-    "rules": ["tests/test_errors.py", "tests/test_products.py", "tests/test_pytrees.py", "tests/test_transform.py"],
-    "_layers": ["tests/test_products.py", "tests/test_facts.py", "tests/test_errors.py", "tests/test_attention.py"],
+    "rules": ["tests/test_rules.py", "tests/test_errors.py", "tests/test_products.py", "tests/test_pytrees.py"],
+    "_layers": ["tests/test_layers.py", "tests/test_products.py", "tests/test_facts.py", "tests/test_errors.py"],
 }
-LAST = ["tests/test_composition.py", "tests/test_lowered_rules.py", "tests/test_transformer_oracles.py"]
+LAST = ["tests/test_attention.py", "tests/test_composition.py", "tests/test_lowered_rules.py"]
 SLOW_TO_FAIL = 900
 """Seconds after which a broken library that still runs counts as noticed: it hangs."""
 
@@ -212,10 +212,18 @@ class _Failures:
             self.first = f"{report.nodeid} is imported"
 
 
+EXPLAINS_SOMETHING = """
+import sys, torch, lrpfunc.testing, tests.cases
+fn = lrpfunc.attribute(lambda w, x: (x @ w).relu(), lrpfunc.epsilon())
+torch.func.grad(lambda x: fn(x.mT, x, target=0).sum())(torch.ones(1, 2))
+print("\\n".join(sys.modules))
+"""
+
+
 def preload() -> None:
     """Imports what the library imports of others, so that each copy starts at once."""
-    listed = "import lrpfunc.testing, tests.cases, sys; print('\\n'.join(sys.modules))"
-    names = subprocess.run([sys.executable, "-c", listed], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = [sys.executable, "-c", EXPLAINS_SOMETHING]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in names.split():
         if name.split(".")[0] in ("torch", "numpy", "sympy", "optree", "hypothesis"):
             try:
@@ -273,7 +281,8 @@ def _answer(child: int, reads: int) -> str:
 
 
 def files_for(breakage: Breakage) -> list[str]:
-    return [*FIRST, *LATER[breakage.path.split("/")[1]], *LAST]
+    """What belongs to a place; the examples in its docstrings, too."""
+    return [*FIRST, breakage.path, *LATER[breakage.path.split("/")[1]], *LAST]
 
 
 def survivors(drawn: list[Breakage], tell: Callable[[str], None], files: list[str] | None = None) -> list[Breakage]:

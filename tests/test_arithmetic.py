@@ -54,6 +54,13 @@ def test_what_passes_a_relu_that_is_off_arrives(rule: lrp.Rule, of_relu: lrp.Rul
     assert relevance_fn(column(1, -1), row(1, 2), target=0).tolist() == [pytest.approx([passed, -2 * passed])]
 
 
+@pytest.mark.parametrize(("f", "passed"), [(torch.sigmoid, 0.5), (torch.exp, 1.0), (torch.tanh, 0.0)])
+def test_pass_keeps_the_relevance_of_an_input_of_zero(f: Callable[[Tensor], Tensor], passed: float) -> None:
+    """What is 0 at 0 has none there; all other functions have their value, which goes on to the zero."""
+    relevance_fn = lrp.attribute(lambda _, x: f(x), [(lrp.Activation, lrp.Pass())])
+    assert relevance_fn(None, row(0, 1), target=0).tolist() == [[passed, 0]]
+
+
 def test_gamma_books_the_relevance_of_an_output_of_zero() -> None:
     """`y = 1 - 1 = 0` is neither positive nor negative, so that its relevance of 2 goes to nobody."""
     rules = [(lrp.Dense, lrp.Gamma(0.5, 0.1))]
