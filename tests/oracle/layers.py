@@ -70,7 +70,9 @@ class Layer:
         return y
 
     def values(self, ids: Tensor) -> Tensor:
-        return self.tape.values[ids]
+        # NOTE: torch's own backward of a batch norm permutes numbers where its input and its cotangent are laid out
+        # differently in memory (torch 2.14, float64 on a CPU): everything here is contiguous.
+        return self.tape.values[ids].contiguous()
 
     @cached_property
     def xs(self) -> list[Tensor]:
@@ -98,7 +100,7 @@ class Layer:
 
 
 def jacobians(function: Callable[..., Tensor], xs: list[Tensor]) -> list[Tensor]:
-    inputs = [x.detach().clone().requires_grad_() for x in xs]
+    inputs = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in xs]
     with torch.enable_grad():
         y = function(*inputs).flatten()
     rows: list[list[Tensor]] = [[] for _ in xs]
