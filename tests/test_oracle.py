@@ -56,7 +56,7 @@ NETS = [
 COMPOSED = [
     "attn_lrp() + epsilon_plus(0.1, stabilizer=0.1)",
     "epsilon_gamma_box(-4.0, 4.0, 0.1, stabilizer=0.1) + cp_lrp()",
-    "[(Activation, Gradient()), (Dense, AlphaBeta(2.0, 1.0, 0.1))] + attn_lrp() + epsilon(0.1, stabilizer=0.1)",
+    "[(Activation, Gradient()), (Dense, AlphaBeta(1.5, 0.5, 0.1))] + attn_lrp() + epsilon(0.1, stabilizer=0.1)",
     "guided_backprop()",
 ]
 
