@@ -249,6 +249,11 @@ def _qr(emit: Emit, x: fx.Node, mode: str = "reduced") -> Written | None:
     return emit(aten.matmul.default, x, emit(aten.linalg_inv.default, r)), r
 
 
+def _polar(emit: Emit, x: fx.Node) -> Written:
+    h = emit(aten.linalg_matrix_sqrth.default, emit(aten.matmul.default, emit(aten.mT.default, x), x))
+    return emit(aten.matmul.default, x, emit(aten.linalg_inv.default, h)), h
+
+
 def _slogdet(emit: Emit, matrix: fx.Node) -> Written:
     det = emit(aten.linalg_det.default, matrix)
     return emit(aten.sgn.default, det), emit(aten.log.default, emit(aten.abs.default, det))
@@ -278,6 +283,7 @@ WRITTEN: dict[str, Expansion] = {
     "frexp": _frexp,
     "histogram": _histogram,
     "linalg_qr": _qr,
+    "linalg_polar": _polar,
     "linalg_solve": _solve,
     "linalg_solve_ex": _solve_and(1),
     "_linalg_solve_ex": _solve_and(3),
