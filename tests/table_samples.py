@@ -230,6 +230,13 @@ _SAMPLES: dict[str, Sample] = {
     # -- of matrices, of elements that accumulate
     "broadcast_tensors": lambda d: ([d(3, 1), d(1, 4)],),
     "unfold_copy": lambda d: (d(3, 4), 1, 2, 1),
+    "cummax cummin": lambda d: (d(3, 4), 1),
+    **{
+        f"segment_reduce:{how}": lambda d, how=how: (d(3, 4), how, {"lengths": torch.tensor([2, 1]), "unsafe": True})
+        for how in ("sum", "mean")
+    },
+    "stft": lambda d: (d(3, 8), 4, {"onesided": True, "return_complex": False}),
+    "embedding_bag": lambda d: (d(3, 4), d.index(3, 5), torch.tensor([0, 2]), False, d.one_of(0, 1)),
     "block_diag": lambda d: ([d(2, 2), d(3)],),
     "combinations": lambda d: (d(4),),
     "filled": lambda d: (d(3, 4), d(4)),
@@ -255,7 +262,7 @@ _SAMPLES: dict[str, Sample] = {
     "linalg_det det linalg_eigvalsh linalg_inv inverse linalg_inv_ex cholesky_inverse": lambda d: (d(3, 3),),
     "linalg_matrix_power matrix_power": lambda d: (d(3, 3), d.one_of(2, 3, -1)),
     "frobenius_norm": lambda d: (d(3, 4), [0, 1]),
-    "linalg_cholesky linalg_cholesky_ex cholesky linalg_matrix_sqrth": lambda d: (_positive_definite(d(3, 3)),),
+    "linalg_cholesky linalg_cholesky_ex linalg_matrix_sqrth": lambda d: (_positive_definite(d(3, 3)),),
     "lu_unpack": lambda d: tuple(torch.linalg.lu_factor(d(3, 3))),
     # -- without a derivative
     "div:floor divide:floor": lambda d: (d(3, 4), 0.3, {"rounding_mode": "floor"}),
@@ -263,7 +270,6 @@ _SAMPLES: dict[str, Sample] = {
     "normal": lambda d: (d(3, 4), 1.0),
     "geometric": lambda d: (d.positive(3, 4), 0.5),
     "poisson": lambda d: (d.positive(3, 4),),
-    "binomial": lambda d: (torch.full((3, 4), 9.0, dtype=torch.float64), d.positive(3, 4) / 2),
     "randint_like": lambda d: (d(3, 4), 5),
     "full_like": lambda d: (d(3, 4), 2.0),
     "new_zeros new_ones new_empty": lambda d: (d(3, 4), [2]),

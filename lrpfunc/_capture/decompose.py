@@ -1,6 +1,6 @@
 """Operators that relevance cannot pass as they are, written out as others that it can.
 
-The forward pass still runs the operator; the walk goes through its pieces. What they are is said in `expand`, or by
+The forward pass still runs the operator; the walk goes through its pieces. What they are is said in `written`, or by
 torch's own table of decompositions. For `cross(x, y)` that is
 
     cross = aten.linalg_cross.default(x, y)                        fused = fused(aten.linalg_cross.default, x, y)
@@ -21,12 +21,13 @@ from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
 from lrpfunc._capture.default import default
-from lrpfunc._capture.expand import WRITTEN, Written, broadcast, define_written
+from lrpfunc._capture.expand import Written, define_written
 from lrpfunc._capture.functional import HANDLERS, drop_dead
 from lrpfunc._capture.isolation import isolated
 from lrpfunc._capture.kernels import ATTENTION_KERNELS
 from lrpfunc._capture.program import Program
 from lrpfunc._capture.state import State
+from lrpfunc._capture.written import WRITTEN, broadcast
 from lrpfunc._ops.call import is_random, of, operation_name
 from lrpfunc._torch import decomposition, make_fx, map_arg
 

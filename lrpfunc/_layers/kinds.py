@@ -37,6 +37,8 @@ def nature_of(node: fx.Node, inputs: tuple[fx.Node, ...]) -> Nature:
             return Nature(Kind.LINEAR, linear=True)
         case Kind.SELECT:
             return Nature(Kind.SELECT, linear=True)
+        case Kind.LINEAR if operator.name == "embedding_bag" and argument(node, "mode") == 2:
+            return Nature(Kind.WINNER, linear=True)
         case Kind.WINNER if _against_itself(node, operator, inputs):
             return Nature(Kind.WINNER, linear=True)
         case Kind.WINNER if operator.pointwise and shape(inputs[0]) == shape(node):

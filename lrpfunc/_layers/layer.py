@@ -10,6 +10,7 @@ from torch import fx
 
 from lrpfunc import _tree as tree
 from lrpfunc._layers.affine import Affine
+from lrpfunc._ops.call import of
 from lrpfunc._ops.operator import Kind as Kind
 
 
@@ -93,6 +94,13 @@ class Layer:
         """How many operands the inputs are: more than there are inputs in `x * x`."""
         operands = tree.leaves([(node.args, node.kwargs) for node in self.nodes])
         return sum(operands.count(node) for node in self.inputs)
+
+    @property
+    def competes_with_constants(self) -> bool:
+        """Whether tensors that do not depend on the explained input may win a comparison."""
+        node = self.nodes[-1]
+        competing = (node.args[place] for place in of(node).operands if place < len(node.args))
+        return any(isinstance(operand, fx.Node) and operand not in self.inputs for operand in competing)
 
     @property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -93,7 +93,10 @@ _RECORDS = {
     "scatter_add scatter_reduce:sum scatter_reduce:mean index_reduce:mean": _blend((0, 3)),
     "scatter_reduce:amax scatter_reduce:amin index_reduce:amax index_reduce:amin": _winner((0, 3)),
     "scatter_reduce:prod index_reduce:prod": Operator(),
+    "segment_reduce:sum segment_reduce:mean": _blend(),
     "_unsafe_masked_index_put_accumulate": _blend((0, 3)),
+    "stft": Operator(Kind.LINEAR),
+    "embedding_bag": Operator(Kind.LINEAR),
     "fft_irfft fft_irfft2 fft_irfftn fft_hfft fft_hfft2 fft_hfftn": Operator(Kind.LINEAR),
     "index_add": _blend((0, 3), nonnegative=when.keeps_sign_if_scaled_so),
     "lerp addcdiv": Operator(Kind.LINEAR, (0, 1)),
@@ -190,7 +193,7 @@ _RECORDS = {
     "linalg_matrix_power matrix_power": Operator(Kind.PRODUCT, degree=when.matrix_power),
     "linalg_svdvals linalg_matrix_norm nuclear_norm frobenius_norm": _norm(degree=1),
     "linalg_eigvalsh": Operator(Kind.STATISTIC, reduces=True, degree=1),
-    "linalg_cholesky linalg_cholesky_ex cholesky linalg_matrix_sqrth": Operator(Kind.STATISTIC, degree=0.5),
+    "linalg_cholesky linalg_cholesky_ex linalg_matrix_sqrth": Operator(Kind.STATISTIC, degree=0.5),
     "linalg_inv inverse linalg_inv_ex linalg_pinv pinverse": Operator(Kind.STATISTIC, degree=-1),
     "cholesky_inverse": Operator(Kind.STATISTIC, degree=-2),
     "std": _norm(degree=1),
@@ -220,7 +223,7 @@ _RECORDS = {
     "new_zeros new_ones new_full new_empty bernoulli": Operator(differentiable=False),
     "argmax argmin zeroed batch_statistics instance_statistics": Operator(differentiable=False),
     "normal normal_functional uniform log_normal cauchy exponential geometric": Operator(differentiable=False),
-    "random poisson binomial": Operator(differentiable=False),
+    "random poisson": Operator(differentiable=False),
     "dropout_mask": Operator(differentiable=False, nonnegative=_ALWAYS, random=True),
     # ----------------------------------------------------------------------------------------------------------
     # Of which torch knows no derivative

@@ -44,6 +44,8 @@ class Select(Rule):
         return pulled_back(layer, messages)
 
     def absorbed(self, layer: BoundLayer, *messages: Message) -> dict[str, Tensor]:
+        if layer.layer.kind is Kind.WINNER and not layer.layer.competes_with_constants:
+            return {}
         chosen = layer.jvp([torch.ones_like(x) for x in layer.inputs])
         places = zip(messages, layer.outputs, chosen, strict=True)
         if layer.layer.kind is Kind.WINNER:  # among equals, constants may be
