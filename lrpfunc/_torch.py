@@ -318,12 +318,12 @@ def is_operator(kind: type) -> bool:
     return kind.__module__ == "torch._ops"
 
 
-def scripted_state(module: torch.jit.ScriptModule) -> dict[str, Any]:
+def scripted_state(scripted: torch.jit.ScriptModule) -> dict[str, Any]:
     """What a scripted module may assign: its attributes and its buffers. Python shows those that Python has set."""
-    inner: Any = module
-    if not isinstance(module, torch.jit.RecursiveScriptModule):
+    inner: Any = scripted
+    if not isinstance(scripted, torch.jit.RecursiveScriptModule):
         return {}
-    names = [*inner._concrete_type.get_attributes(), *(name for name, _ in module.named_buffers(recurse=False))]
+    names = [*inner._concrete_type.get_attributes(), *(name for name, _ in scripted.named_buffers(recurse=False))]
     return {name: inner._c.getattr(name) for name in names}
 
 
@@ -337,9 +337,9 @@ def forget_optimized(scripted: Any) -> None:
         scripted._debug_flush_compilation_cache()
 
 
-def set_scripted_state(module: torch.jit.ScriptModule, state: dict[str, Any]) -> None:
+def set_scripted_state(scripted: torch.jit.ScriptModule, state: dict[str, Any]) -> None:
     """Assigns them, as TorchScript does."""
-    inner: Any = module
+    inner: Any = scripted
     for name, value in state.items():
         inner._c.setattr(name, value)
 
