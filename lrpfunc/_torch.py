@@ -155,7 +155,7 @@ def origin(tensor: Tensor) -> tuple[fx.Node, torch.nn.Module] | None:
     """What gave a tensor of the recording that is going on in this thread, and the module of its constants."""
     mode: Any = get_proxy_mode()
     slot: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
-    return None if slot is None else (slot.proxy.node, mode.tracer.root)
+    return None if mode is None or slot is None else (slot.proxy.node, mode.tracer.root)
 
 
 _constants: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -263,7 +263,7 @@ class _Nothing:
         return "None"
 
 
-tree.register_container(_Nothing, lambda _: ((), None), lambda *_: _nothing(_transforms()[:-1]))
+tree.register_container(_Nothing, lambda _: ([], None), lambda *_: _nothing(_transforms()[:-1]))
 
 
 def nothing() -> Any:
@@ -327,14 +327,14 @@ def scripted_state(scripted: torch.jit.ScriptModule) -> dict[str, Any]:
     return {name: inner._c.getattr(name) for name in names}
 
 
-def forget_optimized(scripted: Any) -> None:
+def forget_optimized(scripted: torch.jit.ScriptModule | torch.jit.ScriptFunction) -> None:
     """Has TorchScript compile a module or a function anew: what it has optimized runs apart from who records it."""
-    if isinstance(scripted, torch.jit.RecursiveScriptModule):
-        inner: Any = scripted
+    inner: Any = scripted
+    if isinstance(scripted, torch.jit.ScriptFunction):
+        inner._debug_flush_compilation_cache()
+    elif isinstance(scripted, torch.jit.RecursiveScriptModule):
         for name in inner._c._method_names():
             inner._c._get_method(name)._debug_flush_compilation_cache()
-    elif isinstance(scripted, torch.jit.ScriptFunction):
-        scripted._debug_flush_compilation_cache()
 
 
 def set_scripted_state(scripted: torch.jit.ScriptModule, state: dict[str, Any]) -> None:

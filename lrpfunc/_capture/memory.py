@@ -239,7 +239,12 @@ def restoring(arguments: Iterable[Any]) -> Callable[[], None]:
             undo.append(functools.partial(_restore_mapping, own, list(own.items())))
         own_slots = (slot for slot in slots(kind) if not is_fixed(slot.__objclass__))
         undo += [functools.partial(_restore_slot, slot, obj, _slot(slot, obj)) for slot in own_slots]
-    return lambda: [put_back() for put_back in undo] and None
+
+    def put_all_back() -> None:
+        for put_back in undo:
+            put_back()
+
+    return put_all_back
 
 
 def _ordered(space: dict[Any, Any]) -> type[dict[Any, Any]]:
