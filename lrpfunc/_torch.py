@@ -158,7 +158,7 @@ def origin(tensor: Tensor) -> tuple[fx.Node, torch.nn.Module] | None:
     """What gave a tensor of the recording that is going on in this thread, and the module of its constants."""
     mode: Any = get_proxy_mode()
     slot: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
-    return None if slot is None else (slot.proxy.node, mode.tracer.root)
+    return None if mode is None or slot is None else (slot.proxy.node, mode.tracer.root)
 
 
 _constants: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -273,7 +273,7 @@ class _Nothing:
         return "None"
 
 
-tree.register_container(_Nothing, lambda _: ((), None), lambda *_: _nothing(_transforms()[:-1]))
+tree.register_container(_Nothing, lambda _: ([], None), lambda *_: _nothing(_transforms()[:-1]))
 
 
 def nothing() -> Any:
@@ -328,28 +328,28 @@ def is_operator(kind: type) -> bool:
     return kind.__module__ == "torch._ops"
 
 
-def scripted_state(module: torch.jit.ScriptModule) -> dict[str, Any]:
+def scripted_state(scripted: torch.jit.ScriptModule) -> dict[str, Any]:
     """What a scripted module may assign: its attributes and its buffers. Python shows those that Python has set."""
-    inner: Any = module
-    if not isinstance(module, torch.jit.RecursiveScriptModule):
+    inner: Any = scripted
+    if not isinstance(scripted, torch.jit.RecursiveScriptModule):
         return {}
-    names = [*inner._concrete_type.get_attributes(), *(name for name, _ in module.named_buffers(recurse=False))]
+    names = [*inner._concrete_type.get_attributes(), *(name for name, _ in scripted.named_buffers(recurse=False))]
     return {name: inner._c.getattr(name) for name in names}
 
 
-def forget_optimized(scripted: Any) -> None:
+def forget_optimized(scripted: torch.jit.ScriptModule | torch.jit.ScriptFunction) -> None:
     """Has TorchScript compile a module or a function anew: what it has optimized runs apart from who records it."""
-    if isinstance(scripted, torch.jit.RecursiveScriptModule):
-        inner: Any = scripted
+    inner: Any = scripted
+    if isinstance(scripted, torch.jit.ScriptFunction):
+        inner._debug_flush_compilation_cache()
+    elif isinstance(scripted, torch.jit.RecursiveScriptModule):
         for name in inner._c._method_names():
             inner._c._get_method(name)._debug_flush_compilation_cache()
-    elif isinstance(scripted, torch.jit.ScriptFunction):
-        scripted._debug_flush_compilation_cache()
 
 
-def set_scripted_state(module: torch.jit.ScriptModule, state: dict[str, Any]) -> None:
+def set_scripted_state(scripted: torch.jit.ScriptModule, state: dict[str, Any]) -> None:
     """Assigns them, as TorchScript does."""
-    inner: Any = module
+    inner: Any = scripted
     for name, value in state.items():
         inner._c.setattr(name, value)
 

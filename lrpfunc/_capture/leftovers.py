@@ -74,7 +74,7 @@ def holder(tensors: Sequence[Tensor]) -> str | None:
 
 
 _DEPTH = 4
-_NOBODYS = ("torch.", "lrpfunc.", "builtins", "weakref")
+_NOBODYS = ("torch.", "lrpfunc.", "builtins", "weakref", "functools")  # a cache keeps what was taken out for a while
 
 
 def _items(container: Any) -> list[tuple[Any, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lrpfunc._capture.identity import attributes, slots
+from lrpfunc._capture.identity import attributes, is_fixed, slots
 from lrpfunc._capture.policy import PLAIN, policy
 
 IsForeign = Callable[[Any], bool]
@@ -237,8 +237,14 @@ def restoring(arguments: Iterable[Any]) -> Callable[[], None]:
             undo.append(functools.partial(_restore_items, obj, list(iter(obj))))
         if isinstance(own := getattr(obj, "__dict__", None), dict):
             undo.append(functools.partial(_restore_mapping, own, list(own.items())))
-        undo += [functools.partial(_restore_slot, slot, obj, _slot(slot, obj)) for slot in slots(kind)]
-    return lambda: [put_back() for put_back in undo] and None
+        own_slots = (slot for slot in slots(kind) if not is_fixed(slot.__objclass__))
+        undo += [functools.partial(_restore_slot, slot, obj, _slot(slot, obj)) for slot in own_slots]
+
+    def put_all_back() -> None:
+        for put_back in undo:
+            put_back()
+
+    return put_all_back
 
 
 def _ordered(space: dict[Any, Any]) -> type[dict[Any, Any]]:

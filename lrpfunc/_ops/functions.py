@@ -87,7 +87,7 @@ def _running_statistics(norm: Any, x: Tensor, *running: Any) -> tuple[Tensor | N
         new = [a if a is None else a.detach().clone() for a in old]
         with torch.no_grad():
             norm(x, None, None, *new, True, momentum, 1e-5, torch.backends.cudnn.enabled)
-    pairs = zip(old, new, strict=True)
+    pairs: Any = zip(old, new, strict=True)
     return tuple(assigned(a * (1 - momentum), b) if is_differentiated(a) else b for a, b in pairs)
 
 
