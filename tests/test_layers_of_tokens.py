@@ -190,6 +190,13 @@ def test_attention_of_a_function() -> None:
     assert [*one] == ["scaled_dot_product_attention.weights"]
     (weights,), (expected,) = one.values(), other.values()
     torch.testing.assert_close(weights, expected)
+    _, one = lrp.attribute(lambda _, x: F.scaled_dot_product_attention(x, x, x), layers="*weights")(None, x)
+    _, other = lrp.attribute(lambda _, x: (x @ x.mT / 3**0.5).softmax(-1) @ x, layers="*weights")(None, x)
+    (weights,), (expected,) = one.values(), other.values()
+    torch.testing.assert_close(weights, expected)
+    constant = lrp.attribute(lambda w, x: F.scaled_dot_product_attention(w, w, x), layers="*heads")
+    with pytest.raises(lrp.LayerNotFoundError, match=r"layers=\*heads matches no layer"):
+        constant(x, x)
 
 
 def test_masks_that_are_made_of_tokens_carry_nothing() -> None:

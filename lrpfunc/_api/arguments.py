@@ -41,7 +41,7 @@ class Explained:
         for argument in chosen:
             paths = [path for path, _ in tree.flatten_with_path(given[argument])[0]]
             for path, (leaf, place) in zip(paths, places[argument], strict=True):
-                self._add(leaf, place, argument, tree.path_name(path), options.layers is not None)
+                self._add(leaf, place, argument, tree.path_name(path), bool(options.globs))
 
     @property
     def key(self) -> Hashable:
@@ -134,7 +134,7 @@ def _floating(leaf: Any) -> bool:
 def _way_out(leaf: Any) -> str:
     """What to write where relevance was asked of something that takes none."""
     if not isinstance(leaf, Tensor):
-        return "Make it a tensor of floating-point numbers, for example torch.as_tensor(x).float()"
+        return "Make it a tensor, for example torch.as_tensor(x), or return_tensors='pt' in a tokenizer"
     if leaf.is_complex():
         return "Take a real view of it inside of the model function: explain torch.view_as_real(x)"
     return (

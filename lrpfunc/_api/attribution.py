@@ -18,8 +18,7 @@ from lrpfunc._api.request import recognise
 from lrpfunc._api.target import Target, form, plain, start, tensors_of
 from lrpfunc._api.uncompiled import uncompiled
 from lrpfunc._capture.capture import capture
-from lrpfunc._capture.module import ModelFunction
-from lrpfunc._errors import ERRORS, CaptureError, InputError, LayerNotFoundError
+from lrpfunc._errors import ERRORS, CaptureError, InputError
 from lrpfunc._layers.graph import Graph
 from lrpfunc._lower.bound import Bound
 from lrpfunc._lower.lower import lower
@@ -114,7 +113,7 @@ class Attribution(Description, Generic[R]):
             program, tensors = capture(
                 self.model_fn, args, kwargs, has_aux=options.has_aux, inline=options.inline_functions
             )
-            graph = recognise(program, explained, options.globs(self._name))
+            graph = recognise(program, explained, options.globs)
             return graph, assign(graph, self.rules), tensors
         except ERRORS as error:  # which say all there is to say: a hundred frames of torch's would hide it
             raise error.with_traceback(None) from None
@@ -122,17 +121,6 @@ class Attribution(Description, Generic[R]):
             if wrong := misuse(self.model_fn, args, kwargs, error):
                 raise wrong from None
             raise
-
-    def _name(self, module: nn.Module) -> str:
-        """The name of a module that `layers=` was given."""
-        named = self.model_fn.module.named_modules() if isinstance(self.model_fn, ModelFunction) else ()
-        for name, child in named:
-            if child is module and name:
-                return name
-        raise LayerNotFoundError(
-            f"layers= was given a {type(module).__name__} that is no submodule of what the model function was made of. "
-            "Pass modules of the one that from_module was called with, or their names"
-        )
 
     def run(
         self,

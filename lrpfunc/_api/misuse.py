@@ -24,7 +24,9 @@ def misuse(
             signature.bind(*args, **kwargs)
     except TypeError as found:
         mismatch = str(found)
-    if len(args) > 1 and _may_be_target(args[-1]) and (mismatch or not isinstance(args[-1], Tensor)):
+    # An integer in the place of something else is seldom told by the signature.
+    own = isinstance(error, (TypeError, AttributeError))
+    if len(args) > 1 and _may_be_target(args[-1]) and (mismatch or (own and not isinstance(args[-1], Tensor))):
         shown = "targets" if isinstance(args[-1], Tensor) else repr(args[-1])
         return InputError(
             f"the model function was given {shown} as argument {len(args) - 1}, and {_said(error)}. If that is the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -22,7 +22,7 @@ class Options:
 
     argnums: Argnums = 1
     has_aux: bool = False
-    layers: Globs = None
+    layers: str | Sequence[str] | None = None
     inline_functions: bool = False
     lowered: bool = True
     segments: int = 1
@@ -45,10 +45,15 @@ class Options:
         # As tuples they compare, hash and cannot change.
         if not isinstance(self.argnums, int):
             object.__setattr__(self, "argnums", tuple(self.argnums))
-        if not isinstance(self.layers, str | nn.Module | None):
+        if not isinstance(self.layers, str | None):
             object.__setattr__(self, "layers", tuple(self.layers))
         if not isinstance(self.argnames, str | None):
             object.__setattr__(self, "argnames", tuple(self.argnames))
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """`layers`, always as a tuple."""
+        return (self.layers,) if isinstance(self.layers, str) else tuple(self.layers or ())
 
     @property
     def explained(self) -> tuple[int | str, ...]:
@@ -60,13 +65,3 @@ class Options:
     def is_single(self) -> bool:
         """Whether one argument is explained, and not a tuple of them."""
         return isinstance(self.argnums if self.argnames is None else self.argnames, int | str)
-
-    def globs(self, names: Callable[[nn.Module], str]) -> tuple[str, ...]:
-        """`layers`, always as a tuple of globs.
-
-        Args:
-            names: The name of a module.
-        """
-        layers = (self.layers,) if isinstance(self.layers, str | nn.Module) else self.layers or ()
-        globs = [(layer,) if isinstance(layer, str) else (names(layer), f"{names(layer)}@*") for layer in layers]
-        return tuple(glob for group in globs for glob in group)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
+from lrpfunc._api.options import Globs
+from lrpfunc._capture.module import ModelFunction
 from lrpfunc._errors import LayerNotFoundError
 from lrpfunc._layers.graph import Entry, Graph
 
@@ -37,6 +41,27 @@ def _asks(glob: str, name: str) -> bool:
     """Whether a glob asks for what attention has inside: `*` for every module is not meant to."""
     part = name.rpartition(".")[2].partition("@")[0]
     return part in glob and fnmatchcase(name, glob)
+
+
+def named(layers: Globs, model_fn: Callable[..., Any]) -> str | tuple[str, ...] | None:
+    """What `layers=` was given, with the names of modules in their places."""
+    if layers is None or isinstance(layers, str):
+        return layers
+    given = (layers,) if isinstance(layers, nn.Module) else layers
+    globs = [(layer,) if isinstance(layer, str) else _calls(layer, model_fn) for layer in given]
+    return tuple(glob for group in globs for glob in group)
+
+
+def _calls(module: nn.Module, model_fn: Callable[..., Any]) -> tuple[str, str]:
+    """The globs for the first call of a module, and for later ones."""
+    known = model_fn.module.named_modules() if isinstance(model_fn, ModelFunction) else ()
+    name = next((name for name, child in known if child is module and name), None)
+    if name is None:
+        raise LayerNotFoundError(
+            f"layers= was given a {type(module).__name__} that is no submodule of what the model function was made of. "
+            "Pass modules of the one that from_module was called with, or names"
+        )
+    return name, f"{name}@*"
 
 
 def not_found(glob: str, names: list[str]) -> LayerNotFoundError:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lrpfunc import _tree as tree
 from lrpfunc._api.attribution import Attribution
 from lrpfunc._api.options import Argnames, Argnums, Globs, Options
+from lrpfunc._api.selected import named
 from lrpfunc._api.target import plain, start
 from lrpfunc._api.uncompiled import uncompiled
 from lrpfunc._errors import InputError
@@ -150,7 +151,7 @@ def attribute(
         S. Bach et al., "On pixel-wise explanations for non-linear classifier decisions by layer-wise relevance
         propagation", PLOS ONE 10(7), 2015.
     """
-    options = Options(argnums, has_aux, layers, inline_functions, lowered, segments, argnames)
+    options = Options(argnums, has_aux, named(layers, model_fn), inline_functions, lowered, segments, argnames)
     return _attribution(model_fn, rules, options, with_value=False)
 
 
@@ -244,7 +245,7 @@ def attribute_and_value(
         >>> fn(torch.ones(2, 1), torch.tensor([[1.0, 3.0]]), target=0)
         (tensor([[1.0000, 3.0000]]), tensor([[4.]]))
     """
-    options = Options(argnums, has_aux, layers, inline_functions, lowered, segments, argnames)
+    options = Options(argnums, has_aux, named(layers, model_fn), inline_functions, lowered, segments, argnames)
     return _attribution(model_fn, rules, options, with_value=True)
 
 
@@ -351,7 +352,7 @@ def vjp(
         >>> pullback(lrp.predicted)
         tensor([[0.0000, 3.0000]])
     """
-    options = Options(argnums, has_aux, layers, inline_functions, lowered, segments, argnames)
+    options = Options(argnums, has_aux, named(layers, model_fn), inline_functions, lowered, segments, argnames)
     attribution = _attribution(model_fn, rules, options, with_value=False)
     forward = attribution.forward(primals, kwargs, Relevance, reuse=True)
     outputs = [leaf for leaf in tree.leaves(forward.output) if isinstance(leaf, Tensor)]

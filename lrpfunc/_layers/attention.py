@@ -46,15 +46,21 @@ def attentions(layers: Sequence[Layer]) -> Iterator[Attention]:
     """Each attention among the layers, in order of execution."""
     made_by = {node: layer for layer in layers for node in layer.outputs if node is not None}
     for layer in layers:
-        if layer.is_tap or len(layer.inputs) < 2:
+        if layer.is_tap:
             continue
-        if layer.nodes[0].target is scaled_dot_product_attention and layer.signals:
+        if layer.nodes[0].target is scaled_dot_product_attention and layer.signals and _weighs(layer):
             product = _written_out(layer)
             yield Attention(layer, product.inputs[0], product)
         elif layer.kind is Kind.PRODUCT and layer.operation in ("matmul", "bmm"):
             weights = next((node for node in layer.inputs if _is_softmax(node, made_by)), None)
             if weights is not None:
                 yield Attention(layer, weights)
+
+
+def _weighs(fused: Layer) -> bool:
+    """Whether the weights of fused attention depend on the explained input."""
+    query, key, _, *rest = fused.nodes[0].args
+    return any(operand in fused.inputs for operand in (query, key, *rest[:1], fused.nodes[0].kwargs.get("attn_mask")))
 
 
 def _is_softmax(node: fx.Node, made_by: Mapping[fx.Node, Layer]) -> bool:

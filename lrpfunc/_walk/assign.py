@@ -111,14 +111,14 @@ def _warn_of_unused(graph: Graph, composite: Composite, chosen: Mapping[Layer, i
 
     An entry for all layers of a kind may be meant for many nets, of which this one has no such layer.
     """
-    used = set(chosen.values())
+    used = {place for place in chosen.values() if isinstance(place, int)}
     layers = [layer for layer in graph.layers if layer.kind not in STRUCTURAL and not layer.is_tap]
     for place, selector in enumerate(composite.selectors):
         if place in used or composite.is_general(place):
             continue
         taken = [layer for layer in layers if selector(layer)]
         earlier = sorted({i for layer in taken if isinstance(i := chosen.get(layer), int)})
-        if earlier:
+        if earlier and all(map(composite.is_general, earlier)):
             shown = ", ".join(f"rules[{i}]" for i in earlier)
             why = f"{shown} before it takes what it selects. The first entry that matches decides: put yours in front"
         elif not taken and names_something(selector):
@@ -126,7 +126,7 @@ def _warn_of_unused(graph: Graph, composite: Composite, chosen: Mapping[Layer, i
             why = f"its selector matches none of the layers {', '.join(names[:12])}{', ...' if names[12:] else ''}"
         else:
             continue
-        text = f"rules[{place}] serves no layer: {why}\n\n    ({selector!r}, {composite[place]!r})"
+        text = f"rules[{place}] serves no layer: {why}\n\n    ({selector!r}, {tree.named(composite, 'rules')[place]!r})"
         if _warned.get(text) is None:
             _warned.put(text, True)
             warn(text, UnusedRuleWarning)
