@@ -49,7 +49,7 @@ def written_out(program: Program, chosen: Collection[fx.Node]) -> tuple[Program,
 
 
 def _written_out(program: Program, chosen: Collection[fx.Node]) -> tuple[Program, dict[fx.Node, Any]]:
-    state = State(given=())
+    state = State(given=(), held=set())
     new: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -73,6 +73,8 @@ def _written_out(program: Program, chosen: Collection[fx.Node]) -> tuple[Program
         aux=aux,
         aux_spec=program.aux_spec,
         modules=[(name, [leaf and new[leaf] for leaf in leaves], spec) for name, leaves, spec in program.modules],
+        numbers=program.numbers,
+        module_types=program.module_types,
     )
     return written, new
 
@@ -124,7 +126,7 @@ def _fits(outputs: Written, node: fx.Node) -> bool:
     """Whether these are the outputs of the operation, as far as anybody uses them."""
     value = node.meta["val"]
     likes = (value,) if isinstance(value, Tensor) else value
-    used = {user.args[1] for user in node.users if user.target is operator.getitem and user.users}
+    used: set[Any] = {user.args[1] for user in node.users if user.target is operator.getitem and user.users}
     if len(outputs) != len(likes) or any(output is None and index in used for index, output in enumerate(outputs)):
         return False
     return all(

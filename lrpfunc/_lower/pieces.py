@@ -133,10 +133,10 @@ def _kind(tensor: Tensor) -> Hashable:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A step as operations, and the form of the message at each input; `None` where there is none."""
+    """Operations, and the form of each result: that of a message, `Tensor`, or `None` where there is none."""
 
     traced: Traced
-    forms: Sequence[type[Message] | None]
+    forms: Sequence[Any]
 
 
 def _form(message: Message) -> Hashable:
@@ -262,7 +262,7 @@ class _Laid:
         self.stable &= piece.stable
         return _Piece(piece, [Tensor if form not in (None, *_FORMS) else form for form in forms])
 
-    def _copied(self, traced: Traced, given: Sequence[fx.Node]) -> Any:
+    def _copied(self, traced: Traced, given: Sequence[Any]) -> Any:
         copies = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), given, strict=True))
         for node in traced.graph.nodes:
             if node.op in ("call_function", "get_attr"):
