@@ -47,7 +47,7 @@ def name_of(info: Any) -> str:
 
 
 # What draws random numbers would set the seed each time, which is no operation that a trace could see.
-vars(common_methods_invocations)["wrapper_set_seed"] = lambda op, *args, **kwargs: op(*args, **kwargs)
+common_methods_invocations.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
 
 INFOS = {name_of(info): info for info in sorted(op_db, key=name_of) if torch.float64 in info.dtypes}
 
@@ -280,7 +280,9 @@ def _check_gradient(walked: Walked, gradient: Tensor | None) -> None:
         if gradient is not None or "derivative" not in str(error):
             raise AssertionError(f"torch has a derivative, {gradient}") from error
         return
-    for one in found if gradient is not None else ():
+    if gradient is None:
+        return
+    for one in found:
         torch.testing.assert_close(one, case.x * gradient, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 

@@ -274,8 +274,8 @@ def test_what_broadcasts() -> None:
     torch.testing.assert_close(lrp.attribute(model_fn, GRADIENT)(None, x, target=0), x * gradient)
 
 
-def test_the_orthogonal_factor() -> None:
-    """It is the matrix times the inverse of the other factor."""
+def test_a_qr_decomposition() -> None:
+    """The orthogonal factor is the matrix times the inverse of the other one."""
     x = normal(4, 3)
     z = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(torch.linalg.qr(z)[0][0, 1], z)

@@ -126,7 +126,7 @@ def _fits(outputs: Written, node: fx.Node) -> bool:
     """Whether these are the outputs of the operation, as far as anybody uses them."""
     value = node.meta["val"]
     likes = (value,) if isinstance(value, Tensor) else value
-    used: set[Any] = {user.args[1] for user in node.users if user.target is operator.getitem and user.users}
+    used = [user.args[1] for user in node.users if user.target is operator.getitem and user.users]
     if len(outputs) != len(likes) or any(output is None and index in used for index, output in enumerate(outputs)):
         return False
     return all(
