@@ -224,7 +224,8 @@ def trace(
                 put_back()
             if any(tensor() is not None for tensor in made):
                 forget_cached(is_own)
-        _check_nothing_is_left(made)
+        if result is not None and all(leaf is None or leaf[0] is None for leaf in result[2]["outputs"].leaves):
+            _check_nothing_is_left(made)  # an object among the outputs holds its tensors, and is refused later
         if not (inline or again or custom_functions().keys() <= custom.keys()):
             return attempt(before_dispatch, again=True)  # the model function defines such a class when it is called
         return result
