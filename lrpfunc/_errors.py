@@ -34,7 +34,16 @@ class CaptureError(RuntimeError):
     """The model function cannot be captured as a pure function of tensors."""
 
 
-ERRORS = (*(UncoveredLayerError, RuleError, TargetError, InputError, NoPathError, LayerNotFoundError, CaptureError),)
+ERRORS = (
+    UncoveredLayerError,
+    RuleError,
+    TargetError,
+    InputError,
+    NoPathError,
+    LayerNotFoundError,
+    CaptureError,
+)
+"""All of them, each of which says at the call what there is to say."""
 
 
 class CaptureWarning(UserWarning):

@@ -24,13 +24,13 @@ def gpt2(attention: str) -> tuple[nn.Module, Any]:
 
 
 def bert(attention: str) -> tuple[nn.Module, Any]:
-    config = transformers.BertConfig(intermediate_size=32, attn_implementation=attention, **SMALL)
+    config = transformers.BertConfig(intermediate_size=32, **SMALL, **{"attn_implementation": attention})
     return transformers.BertForSequenceClassification(config), lambda out: out.logits
 
 
 def llama(attention: str) -> tuple[nn.Module, Any]:
     config = transformers.LlamaConfig(
-        intermediate_size=32, num_key_value_heads=2, attn_implementation=attention, **SMALL
+        intermediate_size=32, num_key_value_heads=2, **SMALL, **{"attn_implementation": attention}
     )
     return transformers.LlamaForCausalLM(config), lambda out: out.logits[:, -1]
 
@@ -84,7 +84,7 @@ def test_weights_and_heads_are_the_same_fused_and_written_out(name: str) -> None
         assert written.keys() == fused.keys()
         assert {f"{base}.weights", f"{base}.heads"} <= written.keys()
         assert len(written) == 4
-        scale = max(value.abs().max() for value in written.values())
+        scale = max(float(value.abs().max()) for value in written.values())
         for key, value in written.items():
             assert value.shape == ((2, 4, 5, 5) if key.endswith("weights") else (2, 4, 5, 4))
             # Llama's softmax is of single precision where it is written out.
@@ -195,7 +195,7 @@ def test_attention_of_a_function() -> None:
     (weights,), (expected,) = one.values(), other.values()
     torch.testing.assert_close(weights, expected)
     constant = lrp.attribute(lambda w, x: F.scaled_dot_product_attention(w, w, x), layers="*heads")
-    with pytest.raises(lrp.LayerNotFoundError, match=r"layers=\*heads matches no layer"):
+    with pytest.raises(lrp.LayerNotFoundError, match=r"layers='\*heads' matches no layer"):
         constant(x, x)
 
 
@@ -258,5 +258,5 @@ def test_keyword_arguments_of_a_tokenizer() -> None:
 
 def test_names_that_no_layer_has() -> None:
     model_fn, params = made("gpt2")
-    with pytest.raises(lrp.LayerNotFoundError, match=r"layers=wte matches no layer .* The names are transformer.wte"):
+    with pytest.raises(lrp.LayerNotFoundError, match=r"layers='wte' matches no layer .* The names are transformer.wte"):
         lrp.attribute(model_fn, lrp.attn_lrp(), layers="wte")(params, IDS, target=1)

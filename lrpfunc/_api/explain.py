@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -103,6 +102,8 @@ class Explanation:
         return "\n".join(line.rstrip() for line in (*table, "", *self._below()))
 
     def _repr_html_(self) -> str:
+        import html  # which only notebooks need
+
         def row(cells: Sequence[str], tag: str) -> str:
             aligned = ((cell, "right" if i in _NUMBERS else "left") for i, cell in enumerate(cells))
             return "".join(f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>' for cell, side in aligned)

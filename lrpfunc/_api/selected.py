@@ -67,6 +67,6 @@ def _calls(module: nn.Module, model_fn: Callable[..., Any]) -> tuple[str, str]:
 def not_found(glob: str, names: list[str]) -> LayerNotFoundError:
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return LayerNotFoundError(
-        f"layers={glob} matches no layer that depends on the explained input. The names are {shown or 'none'}. A glob "
-        "matches whole names: write '*conv1' for 'layer1.0.conv1'"
+        f"layers={glob!r} matches no layer that depends on the explained input. The names are {shown or 'none'}. A "
+        "glob matches whole names: write '*conv1' for 'layer1.0.conv1'"
     )
