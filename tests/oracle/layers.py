@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ CURVES = {
     *("relu", "leaky_relu", "tanh", "sigmoid", "gelu", "silu", "softplus", "elu", "square", "exp", "pow", "sqrt"),
     *("rsqrt", "abs", "clamp"),
 }
+SIGNED = {"relu", "sigmoid", "exp", "square", "abs", "softplus", "softmax"}
 ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "neg"}
 POINTWISE = {*CURVES, *ARITHMETIC, "maximum", "clone", "masked_fill", "where", "contiguous"}
 
@@ -33,6 +35,7 @@ class Layer:
         operation: Its name.
         entries: The operations of the tape, in order.
         inputs: For each input the ids of its elements.
+        nonnegative: Whether no input can be negative, whatever the numbers.
         signals: The places of the inputs that carry the signal, where others modulate it.
         role: "gate" where one operand of a product modulates the other.
     """
@@ -42,10 +45,10 @@ class Layer:
     entries: list[Entry]
     inputs: list[Tensor]
     tape: Tape
-    roots: list[tuple[int, ...]] = field(default_factory=list)
     signals: tuple[int, ...] = ()
     role: str = ""
     layers: list[Layer] = field(default_factory=list)
+    nonnegative: bool = False
 
     @property
     def output(self) -> Tensor:
@@ -70,7 +73,9 @@ class Layer:
         return y
 
     def values(self, ids: Tensor) -> Tensor:
-        return self.tape.values[ids]
+        # NOTE: torch's own backward of a batch norm permutes numbers where its input and its cotangent are laid out
+        # differently in memory (torch 2.14, float64 on a CPU): everything here is contiguous.
+        return self.tape.values[ids].contiguous()
 
     @cached_property
     def xs(self) -> list[Tensor]:
@@ -98,7 +103,7 @@ class Layer:
 
 
 def jacobians(function: Callable[..., Tensor], xs: list[Tensor]) -> list[Tensor]:
-    inputs = [x.detach().clone().requires_grad_() for x in xs]
+    inputs = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in xs]
     with torch.enable_grad():
         y = function(*inputs).flatten()
     rows: list[list[Tensor]] = [[] for _ in xs]
@@ -116,8 +121,9 @@ def jacobians(function: Callable[..., Tensor], xs: list[Tensor]) -> list[Tensor]
 class Recogniser:
     """Goes back from the output of a tape: what ends at an operation that is needed is one layer."""
 
-    def __init__(self, tape: Tape, output: Tensor):
-        self.tape = tape
+    def __init__(self, tape: Tape, input: Tensor, output: Tensor):
+        self.tape, self.input = tape, input
+        self.signs: dict[Entry, bool] = {}
         self.owner: dict[int, Entry] = {}
         self.whole: dict[tuple[int, ...], Entry] = {}
         for entry in tape.entries:
@@ -140,6 +146,7 @@ class Recogniser:
             if needed.isdisjoint(key(entry.output)):
                 continue
             layer = self.layer(entry)
+            layer.nonnegative = all(map(self.nonnegative, layer.inputs))
             for ids in layer.inputs:
                 needed.update(set(key(ids)) - {0})
             found.append(layer)
@@ -329,9 +336,34 @@ class Recogniser:
             ids = made.inputs[0]
         return ids
 
+    # -- signs
+
+    def nonnegative(self, ids: Tensor) -> bool:
+        """Whether a tensor cannot be negative: it comes from a ReLU, say, perhaps averaged or moved."""
+        made = {self.owner.get(i) for i in key(ids)} - {None}
+        fixed = torch.tensor([i for i in key(ids) if i not in self.owner], dtype=torch.int64)
+        explained = set(key(self.input))
+        if not explained.isdisjoint(fixed.tolist()) or bool((self.tape.values[fixed] < 0).any()):
+            return False
+        return all(self.never_negative(entry) for entry in made if entry is not None)
+
+    def never_negative(self, entry: Entry) -> bool:
+        if entry not in self.signs:
+            even = entry.name == "pow" and isinstance(entry.given[1], int) and entry.given[1] % 2 == 0
+            keeps = entry.moved is not None or self.kind(entry) in ("winner", "average", "total")
+            keeps |= entry.name in ("add", "mul") and not entry.constants and all(map(_is_not_negative, entry.given))
+            if entry.moved is not None:
+                source = entry.moved.flatten()
+                fixed = self.tape.values[entry.output.flatten()[source == 0]]
+                found = bool((fixed >= 0).all()) and self.nonnegative(source[source != 0])
+            else:
+                found = even or entry.name in SIGNED or (keeps and all(map(self.nonnegative, entry.inputs)))
+            self.signs[entry] = found
+        return self.signs[entry]
+
     # -- gates
 
-    def role(self, entry: Entry) -> dict[str, object]:
+    def role(self, entry: Entry) -> dict[str, Any]:
         if entry.name == "batch_norm" or entry.name in NORMS:
             return {"signals": (0,)}
         if entry in self.tape.signals:
@@ -374,6 +406,10 @@ class Recogniser:
             if not through or len(entry.inputs) != 1:
                 return
             (ids,) = entry.inputs
+
+
+def _is_not_negative(given: object) -> bool:
+    return isinstance(given, Tensor) or (isinstance(given, (int, float)) and given >= 0)
 
 
 def _padded(shape: torch.Size, ndim: int, without: int | None = None) -> list[int]:

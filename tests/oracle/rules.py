@@ -7,8 +7,9 @@ its share by its own formula.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def finite(x: Tensor) -> Tensor:
     return torch.where(x.isinf(), torch.zeros_like(x), x)
 
 
-def plus(*losses: Lost) -> Lost:
+def plus(*losses: Mapping[str, Any]) -> Lost:
     total: Lost = {}
     for lost in losses:
         for cause, amount in lost.items():
@@ -133,20 +134,44 @@ def Norm(stabilizer: float | Stabilizer = 1e-6) -> Rule:
     return Epsilon(stabilizer)
 
 
-def _one_side(
+def _by_table(
     layer: Layer, relevance: Tensor, parts: Tensor, bias: Tensor, stabilizer: float | Stabilizer
-) -> tuple[Tensor, Lost]:
+) -> tuple[Sent, Lost]:
+    """Relevance by a table of parts, one row an output."""
     s, lost = share_out(layer, relevance, parts, bias, stabilizer)
-    return (parts * s[:, None]).sum(0), lost
+    return Sent((parts * s[:, None]).sum(0), True), lost
+
+
+def _one_side(
+    layer: Layer,
+    relevance: Tensor,
+    part: Callable[[Tensor], Tensor],
+    stabilizer: float | Stabilizer,
+    zero_params: object,
+) -> tuple[Sent, Lost]:
+    """Relevance by some part of the contributions and of the bias.
+
+    Where the input is known to be non-negative, that is one matrix times the input, and the matrix gives a multiplier.
+    """
+    matrix, bias = _matrix(layer)
+    s, lost = share_out(layer, relevance, part(matrix * layer.x), part(_kept(bias, zero_params)), stabilizer)
+    if layer.nonnegative:
+        return Sent(part(matrix).T @ s, False), lost
+    return Sent((part(matrix * layer.x) * s[:, None]).sum(0), True), lost
+
+
+def _positive(numbers: Tensor) -> Tensor:
+    return numbers.clamp(min=0)
+
+
+def _negative(numbers: Tensor) -> Tensor:
+    return numbers.clamp(max=0)
 
 
 def ZPlus(stabilizer: float | Stabilizer = 1e-6, zero_params: object = None) -> Rule:
     def rule(layer: Layer, came: Sent) -> Answer:
-        matrix, bias = _matrix(layer)
-        bias = _kept(bias, zero_params)
-        parts = (matrix * layer.x).clamp(min=0)
-        sent, lost = _one_side(layer, came.relevance(layer.y), parts, bias.clamp(min=0), stabilizer)
-        return [Sent(sent, True)], lost
+        sent, lost = _one_side(layer, came.relevance(layer.y), _positive, stabilizer, zero_params)
+        return [sent], lost
 
     return rule
 
@@ -155,38 +180,27 @@ def AlphaBeta(
     alpha: float = 2.0, beta: float = 1.0, stabilizer: float | Stabilizer = 1e-6, zero_params: object = None
 ) -> Rule:
     def rule(layer: Layer, came: Sent) -> Answer:
-        matrix, bias = _matrix(layer)
-        bias = _kept(bias, zero_params)
-        parts, relevance = matrix * layer.x, came.relevance(layer.y)
-        up, lost_up = _one_side(layer, relevance, parts.clamp(min=0), bias.clamp(min=0), stabilizer)
-        down, lost_down = _one_side(layer, relevance, parts.clamp(max=0), bias.clamp(max=0), stabilizer)
+        relevance = came.relevance(layer.y)
+        up, lost_up = _one_side(layer, relevance, _positive, stabilizer, zero_params)
+        down, lost_down = _one_side(layer, relevance, _negative, stabilizer, zero_params)
         lost = plus(times(alpha, lost_up), times(-beta, lost_down), {"rule": (1 - alpha + beta) * relevance.sum()})
-        return [Sent(alpha * up - beta * down, True)], lost
+        return [Sent(alpha * up.value - beta * down.value, up.is_relevance)], lost
 
     return rule
 
 
 def Gamma(gamma: float = 0.25, stabilizer: float | Stabilizer = 1e-6, zero_params: object = None) -> Rule:
     def rule(layer: Layer, came: Sent) -> Answer:
-        matrix, bias = _matrix(layer)
-        bias = _kept(bias, zero_params)
-        parts, relevance, y = matrix * layer.x, came.relevance(layer.y), layer.y
+        relevance, y = came.relevance(layer.y), layer.y
         zero = torch.zeros_like(relevance)
         above, lost_above = _one_side(
-            layer,
-            torch.where(y > 0, relevance, zero),
-            parts + gamma * parts.clamp(min=0),
-            bias + gamma * bias.clamp(min=0),
-            stabilizer,
+            layer, torch.where(y > 0, relevance, zero), lambda n: n + gamma * _positive(n), stabilizer, zero_params
         )
         below, lost_below = _one_side(
-            layer,
-            torch.where(y < 0, relevance, zero),
-            parts + gamma * parts.clamp(max=0),
-            bias + gamma * bias.clamp(max=0),
-            stabilizer,
+            layer, torch.where(y < 0, relevance, zero), lambda n: n + gamma * _negative(n), stabilizer, zero_params
         )
-        return [Sent(above + below, True)], plus(lost_above, lost_below, {"rule": relevance[y == 0].sum()})
+        lost = plus(lost_above, lost_below, {"rule": relevance[y == 0].sum()})
+        return [Sent(above.value + below.value, above.is_relevance)], lost
 
     return rule
 
@@ -195,8 +209,8 @@ def ZBox(low: float, high: float, stabilizer: float | Stabilizer = 1e-6, zero_pa
     def rule(layer: Layer, came: Sent) -> Answer:
         matrix, bias = _matrix(layer)
         parts = matrix * layer.x - matrix.clamp(min=0) * low - matrix.clamp(max=0) * high
-        sent, lost = _one_side(layer, came.relevance(layer.y), parts, torch.zeros_like(bias), stabilizer)
-        return [Sent(sent, True)], lost
+        sent, lost = _by_table(layer, came.relevance(layer.y), parts, torch.zeros_like(bias), stabilizer)
+        return [sent], lost
 
     return rule
 
@@ -205,8 +219,8 @@ def WSquare(stabilizer: float | Stabilizer = 1e-6, zero_params: object = None) -
     def rule(layer: Layer, came: Sent) -> Answer:
         matrix, bias = _matrix(layer)
         bias = _kept(bias, zero_params)
-        sent, lost = _one_side(layer, came.relevance(layer.y), matrix * matrix, bias * bias, stabilizer)
-        return [Sent(sent, True)], lost
+        sent, lost = _by_table(layer, came.relevance(layer.y), matrix * matrix, bias * bias, stabilizer)
+        return [sent], lost
 
     return rule
 
@@ -215,8 +229,8 @@ def Flat(stabilizer: float | Stabilizer = 1e-6, zero_params: object = None) -> R
     def rule(layer: Layer, came: Sent) -> Answer:
         matrix, bias = _matrix(layer)
         seen = (matrix != 0).to(matrix.dtype)
-        sent, lost = _one_side(layer, came.relevance(layer.y), seen, torch.zeros_like(bias), stabilizer)
-        return [Sent(sent, True)], lost
+        sent, lost = _by_table(layer, came.relevance(layer.y), seen, torch.zeros_like(bias), stabilizer)
+        return [sent], lost
 
     return rule
 

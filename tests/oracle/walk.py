@@ -43,7 +43,7 @@ class Recording:
 
     def __init__(self, model: object, params: object, x: Tensor):
         self.tape, self.input, self.ids, self.output = record(model, params, x)  # type: ignore[arg-type]
-        self.layers = Recogniser(self.tape, self.ids).layers()
+        self.layers = Recogniser(self.tape, self.input, self.ids).layers()
 
     def explain(self, composite: Composite, start: Sent) -> Result:
         """Relevance, from what starts at the output: a vector."""
