@@ -80,6 +80,9 @@ def _inverted(node: Any, reached: Reached) -> fx.Node | None:
         return None
     node = reached.source_of(node)
     operands: Any = node.args
+    if of(node).name == "mul" and operands[1] == 1:  # torch runs `1 / d` as `d.reciprocal() * 1`
+        node = operands[0]
+        operands = node.args
     if degree_of(node) == -1:
         return operands[0]
     inverts = of(node).kind is Kind.QUOTIENT and operands[1] in reached and operands[0] not in reached
