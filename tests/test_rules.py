@@ -219,7 +219,7 @@ def test_every_rule_is_in_the_lists() -> None:
 
 def test_algebra_takes_numbers_only() -> None:
     for factor in ("2", None, lrp.Epsilon()):
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=r"unsupported operand|can't multiply"):
             lrp.Epsilon() * factor  # type: ignore[operator]
     assert sum([lrp.Epsilon(), lrp.ZPlus()]) == lrp.Epsilon() + lrp.ZPlus()
     assert lrp.Epsilon(zero_params=iter(["bias"])) == lrp.Epsilon(zero_params="bias")
