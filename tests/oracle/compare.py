@@ -26,6 +26,8 @@ ROUNDING = 1e-8
 SLOPES = 1e-5
 """What derivatives may differ by from finite differences, relative to the largest relevance anywhere."""
 
+EVERY_CHECK: Any = list(HealthCheck)
+
 CASES_A_MODEL = 8
 """Recording a model takes most of the time."""
 
@@ -145,9 +147,7 @@ def drawn_net(number: int) -> Net:
     found: list[Net] = []
 
     @seed(number)
-    @settings(
-        max_examples=4, phases=[Phase.generate], database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=4, phases=[Phase.generate], database=None, deadline=None, suppress_health_check=EVERY_CHECK)
     @given(models(max_blocks=4))
     def draw(net: Net) -> None:
         found.append(net)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,6 @@ class Layer:
     entries: list[Entry]
     inputs: list[Tensor]
     tape: Tape
-    roots: list[tuple[int, ...]] = field(default_factory=list)
     signals: tuple[int, ...] = ()
     role: str = ""
     layers: list[Layer] = field(default_factory=list)
@@ -363,7 +363,7 @@ class Recogniser:
 
     # -- gates
 
-    def role(self, entry: Entry) -> dict[str, object]:
+    def role(self, entry: Entry) -> dict[str, Any]:
         if entry.name == "batch_norm" or entry.name in NORMS:
             return {"signals": (0,)}
         if entry in self.tape.signals:

@@ -7,8 +7,9 @@ its share by its own formula.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def finite(x: Tensor) -> Tensor:
     return torch.where(x.isinf(), torch.zeros_like(x), x)
 
 
-def plus(*losses: Lost) -> Lost:
+def plus(*losses: Mapping[str, Any]) -> Lost:
     total: Lost = {}
     for lost in losses:
         for cause, amount in lost.items():

@@ -128,7 +128,7 @@ class Tape(TorchFunctionMode):
         self._alive.append(result)
         if not active or name in FRESH or name == "get":
             return result
-        target = first if in_place else result
+        target: Any = first if in_place else result
         if not is_real(target):
             return result
         memories = {leaf.untyped_storage().data_ptr() for leaf in floats}
@@ -286,7 +286,7 @@ def _gru(
 
 
 def _attention(
-    tape: Tape, query: Tensor, key_: Tensor, value: Tensor, size: int, heads: int, *given: Any, **_: Any
+    tape: Tape, query: Tensor, key_: Tensor, value: Tensor, size: int, heads: int, *given: Any, **rest: Any
 ) -> Any:
     """A sequence's attention to itself, time first."""
     w_in, b_in, _, _, _, _, w_out, b_out = given
