@@ -24,14 +24,14 @@ def gpt2(attention: str) -> tuple[nn.Module, Any]:
 
 
 def bert(attention: str) -> tuple[nn.Module, Any]:
-    config = transformers.BertConfig(intermediate_size=32, **SMALL, **{"attn_implementation": attention})
+    config = transformers.BertConfig(intermediate_size=32, **SMALL)
+    config._attn_implementation = attention
     return transformers.BertForSequenceClassification(config), lambda out: out.logits
 
 
 def llama(attention: str) -> tuple[nn.Module, Any]:
-    config = transformers.LlamaConfig(
-        intermediate_size=32, num_key_value_heads=2, **SMALL, **{"attn_implementation": attention}
-    )
+    config = transformers.LlamaConfig(intermediate_size=32, num_key_value_heads=2, **SMALL)
+    config._attn_implementation = attention
     return transformers.LlamaForCausalLM(config), lambda out: out.logits[:, -1]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import lrpfunc as lrp
-from lrpfunc._api.arguments import Explained
-from lrpfunc._api.options import Options
-from lrpfunc._api.request import recognise
-from lrpfunc._capture.capture import capture
 from lrpfunc._lower import lower, pieces
 from lrpfunc._lower.joint import Joint, Written
 from lrpfunc._torch import hashable, map_arg
-from lrpfunc._walk.assign import assign
-from lrpfunc.composites import as_composite
 from lrpfunc.rules._message import Multiplier
 from tests.cases import (
     ATTENTION_CASES,
@@ -28,6 +21,7 @@ from tests.cases import (
     COMPOSITES,
     LINEAR_RULES,
     MODELS,
+    Case,
     normal,
     randomized,
     with_rule,
@@ -42,11 +36,9 @@ EACH = [
 ]
 
 
-def joint(model_fn: Callable[..., Any], params: Any, x: Any, rules: Any, exact: bool, *globs: str) -> Joint:
-    options = Options(layers=globs or None)
-    program, _ = capture(model_fn, (params, x), {}, has_aux=False, inline=False)
-    graph = recognise(program, Explained((params, x), options), options.globs)
-    made, _ = lower._joint(graph, assign(graph, as_composite(rules)), Multiplier, exact)
+def joint(case: Case, rules: Any, exact: bool, layers: str) -> Joint:
+    graph, assignment, _ = lrp.attribute(case.model_fn, rules, layers=layers).assigned((case.params, case.x), {})
+    made, _ = lower._joint(graph, assignment, Multiplier, exact)
     return made
 
 
@@ -84,7 +76,7 @@ def test_it_is_the_walk_traced_in_one_go(place: int, monkeypatch: pytest.MonkeyP
     results = []
     for laid in (False, True):
         monkeypatch.setattr(lower, "repeats", lambda _, laid=laid: laid)
-        made = joint(case.model_fn, case.params, case.x, rules, exact, "*")
+        made = joint(case, rules, exact, "*")
         results.append((numbered(made, seen), len(made.graph.nodes)))
     assert results[0] == results[1]
 

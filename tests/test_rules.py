@@ -283,7 +283,7 @@ class Returns(lrp.Rule):
         (lambda r: (lrp.Relevance(r), None), "returned (Relevance of shape (2, 4), None)"),
         (lambda r: (lrp.Relevance(r[0]),), "returned (Relevance of shape (4,))"),
         (lambda r: (lrp.Multiplier(r[:, :1]),), "returned (Multiplier of shape (2, 1))"),
-        (lambda r: (lrp.Relevance(1.0),), "returned (a Relevance)"),
+        (lambda r: (lrp.Relevance(1.0),), "returned (a Relevance)"),  # pyright: ignore[reportArgumentType]
         (lambda r: None, "returned None"),
     ],
 )

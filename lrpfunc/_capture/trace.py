@@ -158,6 +158,10 @@ def _check_nothing_is_left(made: Sequence[weakref.ref[Tensor]]) -> None:
         )
 
 
+def _is_sparse(constant: Any) -> bool:
+    return isinstance(constant, Tensor) and constant.is_sparse  # it may be a generator of random numbers
+
+
 def _is_continuous(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
@@ -238,7 +242,7 @@ def trace(
     met = set(map(id, before.met()))  # a sparse tensor among it is no input, but the same one as long as the key is
     own = all(
         all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
-        or (values[node.target].is_sparse and id(values[node.target]) in met)
+        or (id(values[node.target]) in met and _is_sparse(values[node.target]))
         or is_cached(values[node.target])
         for node in constants
     )
