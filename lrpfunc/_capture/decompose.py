@@ -90,10 +90,23 @@ def _copy(state: State, node: fx.Node) -> None:
     state.define(node, new)
 
 
+# What a forward kernel saves for them has no derivative of its own: torch's derivative of these includes it, and that
+# of their pieces would lack it.
+_READ_WHAT_IS_SAVED = frozenset(
+    {
+        *("native_layer_norm_backward", "native_group_norm_backward", "_fused_rms_norm_backward"),
+        *("native_batch_norm_backward", "cudnn_batch_norm_backward", "miopen_batch_norm_backward"),
+        *("batch_norm_backward", "log_sigmoid_backward", "rrelu_with_noise_backward"),
+    }
+)
+
+
 def _write_out(state: State, node: fx.Node) -> bool:
     """Whether an operation could be written out; nothing is left behind if not."""
     whole = node.meta.get("piece_of", ())
     if node.meta["autocast"] or node.target in {piece.target for piece in whole}:
+        return False
+    if operation_name(node) in _READ_WHAT_IS_SAVED:
         return False
     state.scopes, state.no_grad = list(node.meta["scopes"]), node.meta["no_grad"]
     count = len(state.graph.nodes)

@@ -111,19 +111,23 @@ def _attempt(
 ) -> _Covered:
     """The same, adding to `stuck` the operations that turn out to have such a piece."""
     new: dict[fx.Node, Any] = {node: node for node in program.graph.nodes}
+    copied: dict[fx.Node, fx.Node] = {}  # what a node of a later program was in the first
+
+    def origin(node: fx.Node) -> fx.Node:
+        first = node.meta.get("piece_of", (node,))[0]
+        return copied.get(first, first)
+
     while True:
         cover = Cover(program, {new[node] for node in data}, {new[node] for node in taps})
         layers = cover.layers()
-        hard = {n: n.meta.get("piece_of", (n,))[0] for layer in layers if _is_hard(layer) for n in layer.nodes}
-        hard = {node: origin for node, origin in hard.items() if origin not in whole}
+        hard = [n for layer in layers if _is_hard(layer) for n in layer.nodes if origin(n) not in whole]
         if not hard:
             return program, cover, layers, new
         program, now = written_out(program, hard)
-        stuck.update(
-            origin for node, origin in hard.items() if isinstance(n := now[node], fx.Node) and n.target is node.target
-        )
+        stuck.update(origin(node) for node in hard if _is_same(now[node], node))
         if stuck:
             return program, cover, layers, new
+        copied.update({copy: origin(node) for node, copy in now.items() if _is_same(copy, node)})
         new = {node: now[value] for node, value in new.items() if isinstance(value, fx.Node) and value in now}
 
 
