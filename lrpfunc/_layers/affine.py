@@ -25,7 +25,8 @@ class Affine:
         convolution: Which of the two it is.
         views: Changes of shape between the operation and the addition.
         addition: A node that adds a constant to the result, the layer's bias then.
-        batch_norm: A batch norm in evaluation mode that is merged with it.
+        norm: What scales and shifts each output feature by constants, and is merged with it: a batch norm in
+            evaluation mode, or one that is written out, as `torchvision.ops.FrozenBatchNorm2d` is.
     """
 
     node: fx.Node
@@ -35,11 +36,11 @@ class Affine:
     convolution: bool
     views: tuple[fx.Node, ...] = ()
     addition: fx.Node | None = None
-    batch_norm: fx.Node | None = None
+    norm: tuple[fx.Node, ...] = ()
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        return tuple(n for n in (self.node, *self.views, self.addition, self.batch_norm) if n is not None)
+        return tuple(n for n in (self.node, *self.views, self.addition, *self.norm) if n is not None)
 
     @property
     def input_node(self) -> fx.Node:
@@ -52,9 +53,9 @@ class Affine:
     @property
     def bias_node(self) -> fx.Node | None:
         if self.addition is not None:
-            first, second = self.addition.args[:2]
-            previous = (self.node, *self.views)[-1]
-            return second if first is previous else first  # type: ignore[return-value]
+            return _other(self.addition, (self.node, *self.views)[-1])
+        if self.node.kwargs.get("beta", 1) == 0:
+            return None  # torch does not even read it: there may be anything in it
         operands = self._operands()
         return operands[self.bias] if self.bias is not None and len(operands) > self.bias else None
 
@@ -68,21 +69,46 @@ class Affine:
         alpha, beta = self._factors()
         weight = _times(alpha, values[self.weight_node])
         bias = None if self.bias_node is None else _times(beta, values[self.bias_node])
-        if self.batch_norm is None:
+        if not self.norm:
             return weight, bias
-        args: Any = [values[a] if isinstance(a, fx.Node) else a for a in self.batch_norm.args[1:]]
-        scale, shift = batch_norm_scale(*args)
+        scale, shift = self._scale_and_shift(values)
         if bias is not None:
             shift = shift + bias.reshape(-1) * scale
         # A batch norm may be more precise than its convolution, which takes one dtype.
         return _scale_outputs(self, weight, scale).to(weight.dtype), shift.to(weight.dtype)
 
     def _factors(self) -> tuple[Any, Any]:
-        """What the operation multiplies its weight and its bias by."""
+        """What the layer multiplies its weight and its bias by."""
+        alpha, beta = self.node.kwargs.get("alpha", 1), self.node.kwargs.get("beta", 1)
         if self.addition is None:
-            return self.node.kwargs.get("alpha", 1), self.node.kwargs.get("beta", 1)
-        factor: Any = self.addition.kwargs.get("alpha", 1)
-        return 1, -factor if of(self.addition).name == "sub" else factor
+            return alpha, beta
+        factor: Any = self.addition.kwargs.get("alpha", 1)  # of its second operand, whichever that is
+        if self.addition.args[0] is self.bias_node:
+            return alpha * factor, 1
+        return alpha, -factor if of(self.addition).name == "sub" else factor
+
+    def _scale_and_shift(self, values: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor]:
+        """What each output feature is multiplied by, and what is added to it then."""
+        first, *_ = self.norm
+        if first.target is batch_norm_eval:
+            args: Any = [values[a] if isinstance(a, fx.Node) else a for a in first.args[1:]]
+            return batch_norm_scale(*args)
+        previous = self.node if self.addition is None else self.addition
+        scale: Any = 1
+        shift: Any = 0
+        for node in self.norm:
+            constant = values[_other(node, previous)].reshape(-1)
+            previous = node
+            match of(node).name:
+                case "mul":
+                    scale, shift = scale * constant, shift * constant
+                case "div":
+                    scale, shift = scale / constant, shift / constant
+                case "add":
+                    shift = shift + constant
+                case "sub":
+                    shift = shift - constant
+        return scale, shift
 
     def __call__(self, values: Mapping[fx.Node, Any], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`f(x; weight, bias)` for an effective weight and bias, with everything else as the model has it."""
@@ -104,12 +130,18 @@ class Affine:
             return False
         if self.views:
             return False
-        return not self.convolution or self.addition is None or self.batch_norm is not None
+        return not self.convolution or self.addition is None or bool(self.norm)
 
     def _add(self, z: Tensor, bias: Tensor | None) -> Tensor:
         for view in self.views:
             z = view.target(z, *view.args[1:], **view.kwargs)  # type: ignore[operator]
         return z if bias is None else z + bias
+
+
+def _other(node: fx.Node, operand: fx.Node) -> fx.Node:
+    """The other one of two operands."""
+    first, second = node.args[:2]
+    return second if first is operand else first  # type: ignore[return-value]
 
 
 def _times(factor: Any, tensor: Tensor) -> Tensor:
@@ -164,9 +196,10 @@ def merge(found: Affine, active: set[fx.Node], kept: set[fx.Node]) -> Affine:
         if addition is not None and _adds_constant(last, addition, active):
             found = replace(found, views=tuple(views), addition=addition)
             follower = _only_user(addition, kept)
-    if follower is not None and _normalizes(found, follower):
-        found = replace(found, batch_norm=follower)
-    return found
+    if follower is None or not _has_features(found):
+        return found
+    norm = (follower,) if _normalizes(found, follower) else _written_norm(found, follower, active, kept)
+    return replace(found, norm=norm)
 
 
 def _only_user(node: fx.Node, kept: set[fx.Node]) -> fx.Node | None:
@@ -191,20 +224,57 @@ def _adds_constant(node: fx.Node, follower: fx.Node, active: set[fx.Node]) -> bo
     )
 
 
-def _normalizes(found: Affine, follower: fx.Node) -> bool:
-    """Whether `follower` is a batch norm in evaluation mode over the output features of `found`."""
-    previous = found.nodes[-1]
-    if follower.target is not batch_norm_eval or follower.args[0] is not previous or found.views:
+def _has_features(found: Affine) -> bool:
+    """Whether what follows may act on one axis of output features, the bias so far among them."""
+    value = found.nodes[-1].meta["val"]
+    if found.views or (found.input, found.weight) not in ((0, 1), (1, 2)):
         return False
-    value = previous.meta["val"]
-    if any(previous is a for a in follower.args[1:]) or (found.input, found.weight) not in ((0, 1), (1, 2)):
-        return False
-    if not found.convolution and (value.ndim != 2 or of(found.node).features is None):
+    if not found.convolution and (value.ndim == 0 or of(found.node).features is None):
         return False
     if found.convolution and value.ndim != found.weight_node.meta["val"].ndim:
         return False  # an unbatched convolution: its first dimension is the channels
     bias = found.bias_node
-    if bias is None or (found.convolution and found.addition is None):
-        return True
-    shape = (1,) * (value.ndim - bias.meta["val"].ndim) + tuple(bias.meta["val"].shape)
-    return shape == (1, value.shape[1], *[1] * (value.ndim - 2))
+    return bias is None or (found.convolution and found.addition is None) or _is_per_feature(bias, found)
+
+
+def _is_per_feature(constant: fx.Node, found: Affine) -> bool:
+    """Whether a constant has one number for each output feature."""
+    value, shape = found.nodes[-1].meta["val"], tuple(constant.meta["val"].shape)
+    features = [1] * value.ndim
+    axis = 1 if found.convolution else -1
+    features[axis] = value.shape[axis]
+    return (1,) * (value.ndim - len(shape)) + shape == tuple(features)
+
+
+def _normalizes(found: Affine, follower: fx.Node) -> bool:
+    """Whether `follower` is a batch norm in evaluation mode over the output features."""
+    previous = found.nodes[-1]
+    if follower.target is not batch_norm_eval or follower.args[0] is not previous:
+        return False
+    if any(previous is a for a in follower.args[1:]):
+        return False
+    return found.convolution or previous.meta["val"].ndim == 2
+
+
+def _written_norm(
+    found: Affine, follower: fx.Node | None, active: set[fx.Node], kept: set[fx.Node]
+) -> tuple[fx.Node, ...]:
+    """The operations by which constants scale and shift each output feature, if they do both.
+
+    A scale alone is a layer of its own, as in LayerScale.
+    """
+    last, value, chain = found.nodes[-1], found.nodes[-1].meta["val"], list[fx.Node]()
+    while follower is not None and follower.target in _BY_CONSTANT and not follower.kwargs:
+        other, result = _other(follower, last), follower.meta["val"]
+        commutes = of(follower).name in ("mul", "add")
+        if not isinstance(other, fx.Node) or other in active or not (commutes or follower.args[0] is last):
+            break
+        if not _is_per_feature(other, found) or (result.shape, result.dtype) != (value.shape, value.dtype):
+            break
+        chain.append(follower)
+        last, follower = follower, _only_user(follower, kept)
+    names = {of(node).name for node in chain}
+    return tuple(chain) if names & {"mul", "div"} and names & {"add", "sub"} else ()
+
+
+_BY_CONSTANT = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)

@@ -32,7 +32,7 @@ from lrpfunc._capture.isolation import alone, isolated
 from lrpfunc._capture.trace import VALUE_DEPENDENT, fake_like, is_fake
 from lrpfunc._capture.watch import Watch
 from lrpfunc._errors import RuleError, opaque
-from lrpfunc._torch import fake_mode, make_fx, schema
+from lrpfunc._torch import aten, fake_mode, make_fx, schema
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,10 @@ def retrace(
             "not stop there. Write x.detach(), or walk operation by operation:\n\n"
             "    lrpfunc.attribute(model_fn, rules, lowered=False)"
         )
+    for node in module.graph.nodes:
+        # A product with a vector ends in this: no new numbers, and what is changed is the trace's own.
+        if node.target is aten.squeeze_.dim:
+            node.target = aten.squeeze.dim
     if written := [node.name for node in module.graph.nodes if _writes(node)]:
         raise RuleError(
             f"a rule changes in place a tensor that it was given ({written[0]}), such as the weights of the model. A "

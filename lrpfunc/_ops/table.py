@@ -61,7 +61,7 @@ _RECORDS = {
     "scatter.reduce scatter.value_reduce view.dtype": Operator(),
     "index_copy": _select((0, 3), in_walk=functions.index_copy_winners),
     "index_put=_unsafe_index_put": _select((0, 2), in_walk=functions.index_put_winners),
-    "copied": _select((1,)),
+    "copied filled": _select((1,)),
     "as_computed": Operator(Kind.SELECT, degree=1, in_walk=functions.written_out),
     # ----------------------------------------------------------------------------------------------------------
     # Each element of the result is the element of an operand that won a comparison

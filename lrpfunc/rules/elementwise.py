@@ -64,7 +64,9 @@ class Pass(Rule):
             return (slope + slope.detach()) / 2
         function, one = layer.function(layer.layer.inputs), x.new_ones(())
         slope, pull = vjp(lambda zero: vjp(function, zero)[1](one)[0], x.new_zeros(()))
-        return slope + pull(one)[0] / 2 * x if layer.exact else slope
+        bend = pull(one)[0]
+        # Of `x ** 1.5` it is infinite: as where torch chooses a slope, there is none.
+        return slope + torch.where(bend.isfinite(), bend, 0) / 2 * x if layer.exact else slope
 
     def objection(self, layer: Layer) -> str | None:
         return _needs_pointwise(self, layer)
