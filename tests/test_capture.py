@@ -188,7 +188,7 @@ def test_layers_inside_transforms_have_names() -> None:
         assert largest_difference(relevance.squeeze(1), expected[1][name]) < 1e-14
 
     scores = lrp.attribute(lambda p, x: grad(lambda x: model_fn(p, x).square().sum())(x), lrp.gradient(), layers="0")
-    with pytest.raises(lrp.LayerNotFoundError):
+    with pytest.raises(lrp.LayerNotFoundError, match="0"):
         scores(params, normal(2, 2, 6, 6))
 
 

@@ -354,7 +354,7 @@ def test_layers_before_a_detach_are_not_on_the_way() -> None:
 
     used = [row.rule for row in rows(model_fn, w, x, lrp.epsilon_plus_flat())]
     assert [type(rule) for rule in used if type(rule).__name__ != "Scale"] == [lrp.Flat]
-    with pytest.raises(lrp.NoPathError):
+    with pytest.raises(lrp.NoPathError, match="does not depend on what should be explained"):
         lrp.attribute(lambda w, x: torch.relu(x).detach() @ w, lrp.epsilon())(w, x)
 
 

@@ -223,7 +223,7 @@ def test_every_rule_is_in_the_lists() -> None:
 
 def test_algebra_takes_numbers_only() -> None:
     for factor in ("2", None, lrp.Epsilon()):
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=r"unsupported operand|can't multiply"):
             lrp.Epsilon() * factor  # type: ignore[operator]
     assert sum([lrp.Epsilon(), lrp.ZPlus()]) == lrp.Epsilon() + lrp.ZPlus()
     assert lrp.Epsilon(zero_params=iter(["bias"])) == lrp.Epsilon(zero_params="bias")
@@ -283,7 +283,7 @@ class Returns(lrp.Rule):
         (lambda r: (lrp.Relevance(r), None), "returned (Relevance of shape (2, 4), None)"),
         (lambda r: (lrp.Relevance(r[0]),), "returned (Relevance of shape (4,))"),
         (lambda r: (lrp.Multiplier(r[:, :1]),), "returned (Multiplier of shape (2, 1))"),
-        (lambda r: (lrp.Relevance(1.0),), "returned (a Relevance)"),
+        (lambda r: (lrp.Relevance(1.0),), "returned (a Relevance)"),  # pyright: ignore[reportArgumentType]
         (lambda r: None, "returned None"),
     ],
 )

@@ -73,6 +73,13 @@ VICTIMS: dict[str, tuple[lrp.Rule, tuple[Any, ...]]] = {
 }
 """A rule and a net by which each fault shows."""
 
+SAYS = {
+    "conservation": "the balance does not close",
+    "gradient_equivalence": "differ by",
+    "exact_derivatives": "by finite differences",
+}
+"""How each property says that it does not hold."""
+
 
 @pytest.mark.parametrize("fault", mutants.LIBRARY)
 def test_the_assertions_find_a_broken_library(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +90,7 @@ def test_the_assertions_find_a_broken_library(fault: str, monkeypatch: pytest.Mo
     break_it(monkeypatch)
     # A net of its own, so that neither case uses what was recorded for the other.
     broken = replace(case, net=replace(case.net, blocks=(*blocks, Pointwise("scale"))))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=SAYS[expected]):
         broken.check(expected)
 
 
@@ -304,7 +311,7 @@ def test_the_code_of_a_case_runs() -> None:
         assert names["rules"].entries[0][1].epsilon == epsilon
 
     check()
-    with pytest.raises(AssertionError) as caught:
+    with pytest.raises(AssertionError, match="WrongTwice") as caught:
         check_rule(WrongTwice(), lambda layer: lrp.Dense(layer), examples=1, skip=[*EXPENSIVE, "conservation"])
     code = str(caught.value).partition("\n\n    from")[2]
     assert "# selector is the one that was passed, <function" in code
