@@ -126,10 +126,14 @@ def _described(value: Any) -> Hashable:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A step as operations, and the form of the message at each input; `None` where there is none."""
+    """Operations, and the form of each result: that of a message, `Tensor`, or `None` where there is none."""
 
     traced: Traced
-    forms: Sequence[type[Message] | None]
+    forms: Sequence[Any]
+
+
+def _form(message: Message) -> Hashable:
+    return type(message), describe_tensor(message.value.meta["val"])  # type: ignore[attr-defined]
 
 
 class _Laid:
@@ -171,7 +175,7 @@ class _Laid:
     ) -> Sequence[Message | None]:
         reads = _Reads(layer, *([] if rectified is None else [rectified]))
         shares = layer in self._shared
-        came = tuple(tuple((type(m), describe_tensor(m.value.meta["val"])) for m in group) for group in incoming)
+        came = tuple(tuple(map(_form, group)) for group in incoming)
         chosen = self._rules.chosen[layer]
         rule_key = chosen if isinstance(chosen, int) else repr(chosen)
         place = None if _is_ours(rule) else layer
@@ -188,8 +192,7 @@ class _Laid:
 
     def relevance(self, node: fx.Node, came: Sequence[Message]) -> fx.Node:
         """The relevance of a node that is asked for."""
-        forms = tuple((type(m), describe_tensor(m.value.meta["val"])) for m in came)  # type: ignore[attr-defined]
-        key = ("relevance", _described(node.meta["val"]), forms)
+        key = ("relevance", _described(node.meta["val"]), tuple(map(_form, came)))
         (result,) = self._lay(
             key, lambda values, messages: [relevance(values[node], messages[0], self._rules)], [node], [came]
         )
@@ -244,7 +247,7 @@ class _Laid:
         self.stable &= piece.stable
         return _Piece(piece, [Tensor if form not in (None, *_FORMS) else form for form in forms])
 
-    def _copied(self, traced: Traced, given: Sequence[fx.Node]) -> Any:
+    def _copied(self, traced: Traced, given: Sequence[Any]) -> Any:
         copies = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), given, strict=True))
         for node in traced.graph.nodes:
             if node.op in ("call_function", "get_attr"):
