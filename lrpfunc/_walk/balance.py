@@ -56,7 +56,7 @@ def _magnitude(tensors: Sequence[Tensor]) -> float:
     return sum(float(tensor.abs().double().sum()) for tensor in tensors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Step:
     layer: Layer
     rule: Rule
