@@ -195,7 +195,8 @@ def has_numbers(tensors: Iterable[Any]) -> bool:
     """Whether Python can read what is in the tensors: nothing transforms, traces or compiles."""
     if torch.compiler.is_compiling() or dispatch_modes():
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) and not is_wrapped(t) for t in tensors if isinstance(t, Tensor))
+    given = [t for t in tensors if isinstance(t, Tensor)]
+    return all(type(t) in (Tensor, torch.nn.Parameter) and not (is_wrapped(t) or t.is_meta) for t in given)
 
 
 def is_differentiated(tensor: Any) -> bool:

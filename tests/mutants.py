@@ -231,7 +231,7 @@ def fold_across_branches(patch: pytest.MonkeyPatch) -> None:
         affines = right(covered)
         for node, found in list(affines.items()):
             folded = next((u for u in node.users if u.target is batch_norm_eval), None)
-            if folded is not None and found.batch_norm is None:
+            if folded is not None and not found.norm:
                 affines[node] = _Folded(found, folded)
         return affines
 
@@ -245,7 +245,7 @@ class _Folded(Affine):
         vars(self).update(vars(found), folded=batch_norm)
 
     def parameters(self, values: Any) -> Any:
-        return replace(_plain(self), batch_norm=vars(self)["folded"]).parameters(values)
+        return replace(_plain(self), norm=(vars(self)["folded"],)).parameters(values)
 
 
 def _plain(affine: Affine) -> Affine:

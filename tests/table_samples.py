@@ -114,6 +114,7 @@ _SAMPLES: dict[str, Sample] = {
     "index_copy": lambda d: (d(3, 4), 0, d.index(3, 2), d(2, 4)),
     "index_put _unsafe_index_put": lambda d: (d(3, 4), [d.index(3, 2)], d(2, 4)),
     "copied": lambda d: (d(3, 4), d(4)),
+    "filled": lambda d: (d(3, 4), d(1).squeeze()),
     "as_computed": lambda d: (d(3, 4), None, 0),
     "getitem": lambda d: (d(3, 4), 1),
     # -- winners and averages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -70,6 +71,22 @@ def test_an_overflow_is_said_too() -> None:
     (text,) = heard(lambda: lrp.attribute(model_fn, lrp.attn_lrp())(torch.ones(4, 2).double(), X, target=0))
     assert "lost" in text
     assert "    tanh   tanh   (2, 2) -> (2, 2)\n        Pass()" in text
+
+
+@dataclass(frozen=True, eq=False)
+class Overflowing(lrp.Rule):
+    """Gives more than a number can hold."""
+
+    def propagate(self, layer: lrp.BoundLayer, message: Any) -> tuple[Any, ...]:
+        return (lrp.Relevance(torch.inf * layer.input),)
+
+
+def test_what_is_no_number_is_said_where_it_begins() -> None:
+    model_fn, params = made(weight=1.0)
+    rules = [(lrp.name("second"), Overflowing()), (lrp.Dense, lrp.Epsilon(0.1))]
+    (text,) = heard(lambda: lrp.attribute(model_fn, rules)(params, X, target=0))
+    assert "explodes" in text
+    assert "    second   linear   (2, 2) -> (2, 1)\n        Overflowing()" in text
 
 
 def test_nothing_is_said_where_all_is_well() -> None:

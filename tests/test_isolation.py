@@ -18,6 +18,7 @@ import torch
 import lrpfunc as lrp
 from lrpfunc._capture import isolation
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests behind itself ignores it
 warnings.simplefilter("ignore", DeprecationWarning)  # a fork of a process with threads
 torch.set_num_threads(1)
 x = torch.arange(6.0).reshape(2, 3)

@@ -444,3 +444,15 @@ def test_explain_names_what_is_read_through_detach() -> None:
     softmax = lambda w, x: (lambda e: e / e.sum(-1, keepdim=True))(shifted(w, x)) + w.detach().sum()  # noqa: E731
     assert "behind detach" not in str(lrp.explain(softmax, lrp.attn_lrp())(normal(4, 3), normal(2, 4), target=0))
     assert "amax" in str(lrp.explain(shifted, lrp.attn_lrp())(normal(4, 3), normal(2, 4), target=0))
+
+
+def test_a_detached_addend_is_no_factor() -> None:
+    def model_fn(w: Tensor, x: Tensor) -> Tensor:
+        h = x @ w
+        y = F.linear(h, w, h.mean(0).detach()[:1].expand(4))
+        return torch.where(x > 0, y, h.amax(-1, keepdim=True).detach())
+
+    text = str(lrp.explain(model_fn, lrp.attn_lrp())(normal(4, 3), normal(2, 4), target=lambda out: out))
+    assert "    linear: expand 4, which takes " in text
+    assert "    where: amax 2x1, which takes " in text
+    assert "a factor" not in text

@@ -52,7 +52,13 @@ def gathered(e: Tensor, index: Tensor) -> Tensor:
     return weights.div(torch.gather(sums, 0, spread(index, e)))
 
 
-WAYS: dict[str, Softmax] = {f.__name__: f for f in (geometric, bracketed, unshifted, gathered)}
+def taken_along(e: Tensor, index: Tensor) -> Tensor:
+    weights = e.exp()
+    sums = weights.new_zeros(NODES, *e.shape[1:]).scatter_add(0, spread(index, e), weights)
+    return weights / torch.take_along_dim(sums, spread(index, e), 0)
+
+
+WAYS: dict[str, Softmax] = {f.__name__: f for f in (geometric, bracketed, unshifted, gathered, taken_along)}
 
 
 @pytest.mark.parametrize("bias", ["absorb", "omit", "distribute"])

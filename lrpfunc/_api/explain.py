@@ -158,13 +158,17 @@ def _line(row: Row, names: dict[int, str]) -> tuple[str, ...]:
     )
 
 
+_MULTIPLIES = (Kind.SCALE, Kind.PRODUCT, Kind.QUOTIENT, Kind.DENSE, Kind.CONVOLUTION, Kind.ATTENTION)
+
+
 def _held_constant(rows: Sequence[Row]) -> list[str]:
     """What the model computes from its input and reads through `detach`, where that carries weight."""
     lines: list[str] = []
     for row in rows:
         taken = sum(amount for cause, amount in row.absorbed.items() if cause in ("bias", "constants"))
-        is_factor = row.layer.kind not in (Kind.LINEAR, Kind.SUM)
+        affine = row.layer.affine
         for node in row.layer.detached:
+            is_factor = row.layer.kind in _MULTIPLIES and (affine is None or node is not affine.bias_node)
             if is_factor or abs(taken) > 1e-12 * row.absolute:
                 source = node.args[0] if operation_name(node) == "detach" else node
                 what = f"{operation_name(source)} {_shape(tuple(node.meta['val'].shape))}"  # type: ignore[arg-type]

@@ -37,10 +37,10 @@ def same_segments(one: Segments, other: Segments) -> bool:
 
 def _places(node: fx.Node) -> Segments | None:
     indices: Any = argument(node, "indices")
-    if indices is not None:
+    if isinstance(indices, (list, tuple)):
         given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
         return given[0] if len(given) == 1 else None
-    dim, index = argument(node, "dim"), argument(node, "index")
+    dim, index = argument(node, "dim"), indices if isinstance(indices, fx.Node) else argument(node, "index")
     return None if dim is None or index is None else (int(dim) % len(shape(node)), index)
 
 

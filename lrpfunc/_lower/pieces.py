@@ -6,8 +6,8 @@ layer depends on the layer, on the form of the messages, and on shapes, not on w
     for w in weights:  # 40 of them, all 16 x 16
         x = torch.relu(x @ w)
 
-there are 80 layers and 2 pieces, such as that of `Epsilon` for a product, whose placeholders are the values that it
-reads and the message at its output:
+there are 80 layers and a handful of pieces, such as that of `Epsilon` for a product, whose placeholders are the values
+that it reads and the message at its output:
 
     x, w, z, relu, message                              # relu: where that is off, there is no relevance
     mul = aten.mul.Tensor(relu, message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def watched(
             with torch.no_grad():
                 begun = _magnitude([m.relevance(y) for m, y in zip(start, outputs, strict=True)])
                 if 0 < begun < torch.inf and not begun / LIMIT <= (ends := _magnitude(arrived)) <= begun * LIMIT:
-                    _warn(begun, ends, _culprit(graph, rules, inputs, start, ends > begun), model_fn)
+                    _warn(begun, ends, _culprit(graph, rules, inputs, start, not ends < begun), model_fn)
         return answer
 
     return replace(forward, pull=pull)
@@ -55,7 +56,7 @@ def _magnitude(tensors: Sequence[Tensor]) -> float:
     return sum(float(tensor.abs().double().sum()) for tensor in tensors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Step:
     layer: Layer
     rule: Rule
@@ -79,8 +80,10 @@ def _culprit(
     values = graph.program.run([tensor.detach() for tensor in tensors])
     walk(graph, rules, start, on_numbers(values, observe=observe))
     if explodes:
+        overflows = (step for step in steps if isfinite(step.came) and not isfinite(step.went))
         least = max(step.came for step in steps) / LIMIT
-        return max(steps, key=lambda step: step.went / max(step.came, least) if step.came else 0.0)
+        grown = lambda step: step.went / max(step.came, least) if step.came else 0.0  # noqa: E731
+        return next(overflows, None) or max(steps, key=grown)
     return max(steps, key=lambda step: step.came - step.went)
 
 
