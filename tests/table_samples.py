@@ -240,7 +240,6 @@ _SAMPLES: dict[str, Sample] = {
     "embedding_bag": lambda d: (d(3, 4), d.index(3, 5), torch.tensor([0, 2]), False, d.one_of(0, 1)),
     "block_diag": lambda d: ([d(2, 2), d(3)],),
     "combinations": lambda d: (d(4),),
-    "filled": lambda d: (d(3, 4), d(4)),
     "as_strided_scatter": lambda d: (d(3, 4), d(2, 2), [2, 2], [4, 1], 0),
     "_unsafe_masked_index": lambda d: (d(3, 4), d.mask(2, 2), [d.index(3, 2, 2), d.index(4, 2, 2)], 2.0),
     "_unsafe_masked_index_put_accumulate": lambda d: (
