@@ -68,7 +68,8 @@ class RelevanceWarning(UserWarning):
     """Relevance explodes on its way to the input, or is nearly all lost: by more than a factor of 1000 in magnitude.
 
     It names the layer and the rule where most of that happens, once. It is told by the numbers of the first walk of
-    each recording, unless that is inside a transform or `torch.compile`.
+    each recording, unless that is inside a transform or `torch.compile`. Relevance that starts at the output of a
+    softmax is told of, too: logits say more.
 
     Example:
         >>> import warnings, torch, lrpfunc as lrp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -203,6 +204,15 @@ def test_an_output_that_the_rules_hold_constant(f: Any) -> None:
         assert lrp.attribute(model_fn, lrp.cp_lrp())(W, X).abs().max() > 0
     covered = [(lrp.Softmax, lrp.TaylorSoftmax()), *lrp.cp_lrp()]
     assert lrp.attribute(lambda w, x: f(x @ w), covered)(W, X).abs().max() > 0
+
+
+def test_relevance_that_starts_at_a_softmax() -> None:
+    with pytest.warns(lrp.RelevanceWarning, match=r"(?s)starts at a softmax.*return logits  # not logits.softmax"):
+        lrp.attribute(lambda w, x: (x @ w).softmax(-1), lrp.attn_lrp())(W, X[:1], target=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rules in (lrp.gradient(), lrp.attn_lrp()):  # the second has been told
+            lrp.attribute(lambda w, x: (x @ w).softmax(-1), rules)(W, X[:1], target=0)
 
 
 @pytest.mark.parametrize("network", [nn.LSTM, nn.GRU, nn.RNN])

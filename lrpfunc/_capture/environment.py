@@ -61,10 +61,9 @@ class Environment:
         unknown: The names of what is never equal to anything, because what is in it cannot be seen.
     """
 
-    # NOTE: [one flat key] This walk is part of every call, and what it costs is mostly the containers that it makes
-    # and the garbage collector then looks through. So the key is one tuple. It can be read back without ambiguity:
-    # what stands for an object starts with its type or a tag, and then has a fixed length, a number of items, or `...`
-    # at its end.
+    # NOTE: [one flat key] This walk is part of every call, and costs mostly the containers that it makes and that the
+    # garbage collector looks through. So the key is one tuple, which reads back without ambiguity: what stands for an
+    # object starts with its type or a tag, and then has a fixed length, a number of items, or `...` at its end.
 
     def __init__(self, *roots: Any, transformed: bool = False, remember: bool = False):
         self._transformed = transformed
@@ -94,8 +93,8 @@ class Environment:
         """The name of the first thing that two walks of the same roots disagree on."""
         pairs = zip(self._parts, other._parts, strict=False)
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._parts), len(other._parts)))
-        starts = [start for start, _ in self._places]
-        return _name(self._places[max(0, bisect.bisect_right(starts, first) - 1)][1])
+        place = bisect.bisect_right(self._places, first, key=lambda place: place[0])
+        return _name(self._places[max(0, place - 1)][1])
 
     def met(self) -> list[Any]:
         """All objects met, but for plain values."""

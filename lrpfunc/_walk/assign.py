@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,15 @@ from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.environment import Environment
 from lrpfunc._capture.isolation import isolated
 from lrpfunc._capture.watch import Watch
-from lrpfunc._errors import NoPathError, RuleError, UncoveredLayerError, UnusedRuleWarning, opaque, warn
+from lrpfunc._errors import (
+    NoPathError,
+    RelevanceWarning,
+    RuleError,
+    UncoveredLayerError,
+    UnusedRuleWarning,
+    opaque,
+    warn,
+)
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.graph import Graph
 from lrpfunc._layers.layer import STRUCTURAL, Kind, Layer
@@ -57,6 +65,7 @@ def assign(graph: Graph, composite: Composite) -> Assignment:
         with watch:
             chosen = _chosen(graph, composite)
             _warn_of_unused(graph, composite, chosen)
+            _warn_of_probabilities(graph, composite, chosen)
         if not watch.reads:
             graph.assigned.put(reads.key, chosen)
     return Assignment(composite, chosen, reads.key, reads.tensors, stable=not watch.reads)
@@ -127,9 +136,33 @@ def _warn_of_unused(graph: Graph, composite: Composite, chosen: Mapping[Layer, i
         else:
             continue
         text = f"rules[{place}] serves no layer: {why}\n\n    ({selector!r}, {tree.named(composite, 'rules')[place]!r})"
-        if _warned.get(text) is None:
-            _warned.put(text, True)
-            warn(text, UnusedRuleWarning)
+        _warn_once(text, UnusedRuleWarning)
+
+
+def _warn_of_probabilities(graph: Graph, composite: Composite, chosen: Mapping[Layer, int | Rule]) -> None:
+    """Warns where relevance starts at a softmax: it says how sure the model is as well, and often little else."""
+    last = _softmax_at_the_end(chosen, graph.program.outputs)
+    if last is not None and not composite.cotangent:
+        text = f"relevance starts at a softmax\n\n    {last}\n\n{_logits_instead(last)}"
+        _warn_once(text, RelevanceWarning)
+
+
+def _warn_once(text: str, category: type[Warning]) -> None:
+    if _warned.get(text) is None:
+        _warned.put(text, True)
+        warn(text, category)
+
+
+def _softmax_at_the_end(layers: Iterable[Layer], outputs: Sequence[fx.Node]) -> Layer | None:
+    return next((layer for layer in layers if layer.kind is Kind.SOFTMAX and layer.output in outputs), None)
+
+
+def _logits_instead(last: Layer) -> str:
+    return (
+        "Explain its logits instead, which say what speaks for a class and not only how sure the model is. Let the "
+        "model function return them:\n\n"
+        f"    return logits  # not logits.{last.operation}(-1)"
+    )
 
 
 def _objection(rule: Rule, layer: Layer) -> str | None:
@@ -151,16 +184,12 @@ def _uncovered(layers: list[Layer], outputs: Sequence[fx.Node]) -> UncoveredLaye
     widths = [max(len(row[i]) for row in columns) for i in (0, 1)]
     table = "\n".join(f"    {n:<{widths[0]}}   {o:<{widths[1]}}   {shapes}" for n, o, shapes in columns)
     verb = "is" if len(layers) == 1 else "are"
-    last = next((layer for layer in layers if layer.kind is Kind.SOFTMAX and layer.output in outputs), None)
-    instead = last and (
-        f"\n\nThe last, {last.name}, is the output: explain its logits instead, which say what speaks for a class and "
-        "not only how sure the model is. Let the model function return them:\n\n"
-        f"    return logits  # not logits.{last.operation}(-1)"
-    )
+    last = _softmax_at_the_end(layers, outputs)
+    instead = f"\n\nThe last, {last.name}, is the output. {_logits_instead(last)}" if last else ""
     return UncoveredLayerError(
         f"{_counted(len(layers), 'layer')} {verb} not linear and no rule covers {'it' if verb == 'is' else 'them'}:\n\n"
         f"{table}\n\nRelevance would be lost or invented there. Add rules in front of yours, for example\n\n"
-        f"    rules = {_covering(layers)} + rules" + (instead or "")
+        f"    rules = {_covering(layers)} + rules" + instead
     )
 
 
