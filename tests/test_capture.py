@@ -383,7 +383,7 @@ def test_torch_has_no_second_derivative_of_fused_attention() -> None:
     def slope(w: Tensor, x: Tensor) -> Tensor:
         return grad(lambda x: F.scaled_dot_product_attention(x, x, x).square().sum())(x @ w)
 
-    with pytest.raises(lrp.RuleError, match="torch has no derivative of `_scaled_dot_product_.*_backward`"):
+    with pytest.raises(lrp.RuleError, match=r"torch has no derivative of `_scaled_dot_product_.*_backward`"):
         lrp.attribute(slope, lrp.gradient())(normal(3, 3), normal(1, 2, 2, 3), target=lambda y: y)
 
 
