@@ -31,7 +31,7 @@ from lrpfunc._capture.capture import capture
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import STRUCTURAL, Kind
 from lrpfunc._walk.assign import assign
-from lrpfunc._walk.forward import relevance, walk
+from lrpfunc._walk.forward import on_numbers, relevance, walk
 from lrpfunc.composites import as_composite
 from lrpfunc.rules._message import Multiplier
 
@@ -234,7 +234,7 @@ class Walked:
         self.case = case
         arguments = (case.params, case.x)
         program, self.tensors = capture(case.model_fn, arguments, {}, has_aux=False, inline=False)
-        self.graph = recognise(program, Explained(arguments, Options()), ())
+        self.graph = recognise(program, Explained(case.model_fn, arguments, {}, Options()), ())
         assign(self.graph, ATTN_LRP)
 
     @cached_property
@@ -253,8 +253,8 @@ class Walked:
         """Relevance of the input, for the first output."""
         values, rules = values or self.values, assign(self.graph, composite)
         start = Multiplier(F.one_hot(torch.zeros(1, dtype=torch.int64), 2).double())
-        arrived = walk(self.graph, rules, values, [start], observe=observe)
-        return relevance(self.graph, rules, values, arrived)[0]
+        arrived = walk(self.graph, rules, [start], on_numbers(values, observe=observe))
+        return relevance(self.graph, self.graph.requested[0], rules, values, arrived)
 
 
 _TORCHS_IS_WRONG = (

@@ -31,9 +31,8 @@ def version() -> str:
 
 def check(name: str) -> None:
     found = opinfo.outcome(name, proven=True)
-    assert (found is None) is (name not in written())
-    if found is not None and torch.__version__.startswith(version()):
-        assert written()[name] == opinfo.row(name, found)
+    if torch.__version__.startswith(version()):
+        assert written().get(name) == (found and opinfo.row(name, found))
 
 
 @pytest.mark.parametrize("name", FEW)
