@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +37,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_slot
 from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 
 # Documented for graph passes, but not typed.
+from torch.fx.node import map_aggregate as map_aggregate
 from torch.fx.node import map_arg as map_arg
 
 # Tells a reentrant checkpoint, which no trace can see through, from other code under `no_grad`. torch means to drop the
@@ -78,15 +79,98 @@ def hashable(value: Any) -> Any:
     return value if isinstance(value, fx.Node) else (type(value), repr(value))  # 1, 1.0 and True are not the same
 
 
-def fake_mode() -> FakeTensorMode:
-    """Where tensors without data are made for a recording.
+class OpenGraph(fx.Graph):
+    """A graph in which symbolic sizes may stand for arguments; torch's warns of each."""
+
+    def create_node(
+        self, op: str, target: Any, args: Any = None, kwargs: Any = None, name: Any = None, type_expr: Any = None
+    ) -> fx.Node:
+        node = super().create_node(op, target, (), {}, name, type_expr)
+        node.args, node.kwargs = args or (), kwargs or {}
+        return node
+
+
+def fake_mode(environment: Any = None) -> FakeTensorMode:
+    """Where tensors without data are made for a recording; its symbolic sizes are those of the `environment`.
 
     Without a `ShapeEnv` they refuse operations whose shape depends on numbers with an error that says less. It imports
     sympy, so that it is imported with the first recording. `torch.export` makes its own, and exports neither.
     """
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    # Two sizes that happen to be equal are two symbols.
+    environment = ShapeEnv(duck_shape=False) if environment is None else environment
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
+
+
+def environment_of(tensors: Iterable[Any]) -> Any:
+    """What knows of the symbolic sizes of tensors without data, `None` if they have none."""
+    sizes = (size for tensor in tensors if isinstance(tensor, FakeTensor) for size in tensor.shape)
+    return next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+
+
+def has_open_sizes(tensor: Tensor) -> bool:
+    """Whether some size is a symbol, of ours or of a compiler's."""
+    return any(isinstance(size, torch.SymInt) for size in tensor.shape)
+
+
+def hint(size: Any) -> int:
+    """What an open size is where it was recorded; asking for it closes nothing."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def open_sizes(mode: FakeTensorMode, tensor: Tensor, dims: Collection[int], name: str) -> list[Any]:
+    """The sizes of a tensor, those in `dims` as new symbols."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    kinds: Any = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(tensor.ndim)]
+    with mode:
+        like = torch.empty(tuple(map(hint, tensor.shape)), dtype=tensor.dtype, device=tensor.device)
+    environment: Any = mode.shape_env
+    sizes, _, _ = environment.create_symbolic_sizes_strides_storage_offset(
+        like, ConstantSource(name), symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds)
+    )
+    return list(sizes)
+
+
+def bounds_of(environment: Any, symbol: Any) -> tuple[int | None, int | None]:
+    """The least and the greatest value that a symbolic size may have."""
+    bounds = environment.var_to_range[symbol]
+    return tuple(int(end) if end.is_Integer else None for end in (bounds.lower, bounds.upper))  # type: ignore[return-value]
+
+
+def python_code(expression: Any) -> str:
+    """An expression of symbolic sizes as Python."""
+    from torch.utils._sympy.printers import PythonPrinter
+
+    return PythonPrinter().doprint(expression)
+
+
+def proxied(expression: Any, known: Mapping[Any, Any]) -> Any:
+    """One step of an expression of symbolic sizes on proxies of a graph, for its arguments, or for itself."""
+    from torch.utils._sympy.interp import _run_sympy_handler, sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    if not expression.args:
+        return sympy_interp(PythonReferenceAnalysis, known, expression)
+    return _run_sympy_handler(PythonReferenceAnalysis, [known[argument] for argument in expression.args], expression)
+
+
+@contextlib.contextmanager
+def keeping_symbols(mode: FakeTensorMode | None, is_open: bool = True) -> Iterator[None]:
+    """Runs operations on tensors without data so that their sizes stay symbols.
+
+    Outside of it some factory functions and composite operations ask for numbers. `torch.export` enters the same.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with contextlib.ExitStack() as stack:
+        if is_open:
+            if mode is not None:
+                stack.enter_context(mode)
+            stack.enter_context(enable_python_dispatcher())
+        yield
 
 
 @contextlib.contextmanager

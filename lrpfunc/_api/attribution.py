@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar, final, overload
@@ -21,7 +22,7 @@ from lrpfunc._capture.capture import capture
 from lrpfunc._errors import ERRORS, CaptureError, InputError
 from lrpfunc._layers.graph import Graph
 from lrpfunc._lower.bound import Bound
-from lrpfunc._lower.lower import lower
+from lrpfunc._lower.lower import Unfit, fitting, lower
 from lrpfunc._torch import is_wrapped
 from lrpfunc._walk.assign import Assignment, assign
 from lrpfunc._walk.balance import watched
@@ -95,23 +96,37 @@ class Attribution(Description, Generic[R]):
             reuse: Whether the walk will be taken several times.
         """
         options = self.options
-        graph, rules, tensors = self.assigned(args, kwargs)
         if not options.lowered:
+            graph, rules, tensors = self.assigned(args, kwargs)
             return watched(op_by_op(graph, rules, tensors), graph, rules, tensors, self.model_fn)
+        graph, rules, tensors = self.assigned(args, kwargs, options.dynamic)
         # A function may make relevance to differentiate of what is not; the forward pass cannot then be run again.
         exact = graph.program.is_random and form is Relevance
-        forward = lower(
-            graph, rules, tensors, form, given, bound=bound, segments=options.segments, reuse=reuse, exact=exact
-        )
-        return watched(forward, graph, rules, tensors, self.model_fn)
+        again = functools.partial(self.forward, args, kwargs, form, given, bound=bound, reuse=reuse)
+        try:
+            forward = lower(
+                graph, rules, tensors, form, given, bound=bound, segments=options.segments, reuse=reuse, exact=exact
+            )
+        except Unfit:
+            return again()
+        concrete = functools.partial(self.assigned, args, kwargs)
+        return watched(fitting(forward, again), graph, rules, tensors, self.model_fn, concrete)
 
-    def assigned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, Assignment, list[Tensor]]:
-        """The layers, their rules, and the tensors that the forward pass is run on."""
+    def assigned(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool | None = False
+    ) -> tuple[Graph, Assignment, list[Tensor]]:
+        """The layers, their rules, and the tensors that the forward pass is run on.
+
+        Args:
+            args: The arguments of the model function.
+            kwargs: Its keyword arguments.
+            dynamic: Whether sizes may be open: `None` for those that have differed.
+        """
         options = self.options
         try:
             explained = Explained(self.model_fn, args, kwargs, options)
             program, tensors = capture(
-                self.model_fn, args, kwargs, has_aux=options.has_aux, inline=options.inline_functions
+                self.model_fn, args, kwargs, has_aux=options.has_aux, inline=options.inline_functions, dynamic=dynamic
             )
             graph = recognise(program, explained, options.globs)
             return graph, assign(graph, self.rules), tensors

@@ -27,6 +27,7 @@ class Options:
     lowered: bool = True
     segments: int = 1
     argnames: Argnames = None
+    dynamic: bool | None = None
 
     def __post_init__(self) -> None:
         if self.segments < 1:

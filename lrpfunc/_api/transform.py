@@ -30,6 +30,7 @@ class _Rest(TypedDict, total=False):
     inline_functions: bool
     lowered: bool
     segments: int
+    dynamic: bool | None
 
 
 @overload
@@ -94,6 +95,7 @@ def attribute(
     lowered: bool = True,
     segments: int = 1,
     argnames: Argnames = None,
+    dynamic: bool | None = None,
 ) -> Attribution[Any]:
     """Transforms a model function into one that explains it: the relevance of an argument for the output.
 
@@ -119,6 +121,9 @@ def attribute(
             anew in that many parts, and only what stands between them is kept. About the square root of the number of
             layers needs the least memory.
         argnames: The name of the argument to explain, or a tuple of several, in place of `argnums`.
+        dynamic: Whether a program may serve several sizes, such as those of batches and sentences. `None` leaves a
+            size of the data open once it differs from call to call, `True` leaves all of them open at once, and with
+            `False` there is a program for each.
 
     Returns:
         `f(*args, target=None, **kwargs)`, which returns relevance shaped like `args[argnums]` (a tuple for a tuple,
@@ -151,7 +156,7 @@ def attribute(
         S. Bach et al., "On pixel-wise explanations for non-linear classifier decisions by layer-wise relevance
         propagation", PLOS ONE 10(7), 2015.
     """
-    options = Options(argnums, has_aux, named(layers, model_fn), inline_functions, lowered, segments, argnames)
+    options = Options(argnums, has_aux, named(layers, model_fn), inline_functions, lowered, segments, argnames, dynamic)
     return _attribution(model_fn, rules, options, with_value=False)
 
 
@@ -217,6 +222,7 @@ def attribute_and_value(
     lowered: bool = True,
     segments: int = 1,
     argnames: Argnames = None,
+    dynamic: bool | None = None,
 ) -> Attribution[Any]:
     """Like `attribute`, and returns the model's output as well, from the same single forward pass.
 
@@ -234,6 +240,7 @@ def attribute_and_value(
         lowered: As for `attribute`.
         segments: As for `attribute`.
         argnames: As for `attribute`.
+        dynamic: As for `attribute`.
 
     Returns:
         A function that returns `(relevance, output)`; with `has_aux`, `(relevance, (output, aux))`, in the order of
@@ -245,7 +252,7 @@ def attribute_and_value(
         >>> fn(torch.ones(2, 1), torch.tensor([[1.0, 3.0]]), target=0)
         (tensor([[1.0000, 3.0000]]), tensor([[4.]]))
     """
-    options = Options(argnums, has_aux, named(layers, model_fn), inline_functions, lowered, segments, argnames)
+    options = Options(argnums, has_aux, named(layers, model_fn), inline_functions, lowered, segments, argnames, dynamic)
     return _attribution(model_fn, rules, options, with_value=True)
 
 
@@ -274,6 +281,7 @@ def vjp(
     lowered: bool = True,
     segments: int = 1,
     argnames: None = None,
+    dynamic: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Output, Callable[[Any], Tensor]]: ...
 @overload
@@ -291,6 +299,7 @@ def vjp(
     lowered: bool = True,
     segments: int = 1,
     argnames: None = None,
+    dynamic: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Output, Callable[[Any], Tensor], Aux]: ...
 @overload
@@ -305,6 +314,7 @@ def vjp(
     lowered: bool = True,
     segments: int = 1,
     argnames: Argnames = None,
+    dynamic: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]: ...
 @uncompiled
@@ -319,6 +329,7 @@ def vjp(
     lowered: bool = True,
     segments: int = 1,
     argnames: Argnames = None,
+    dynamic: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
     """Runs a model function once and returns what pulls relevance back through that run, as `torch.func.vjp` does.
@@ -334,6 +345,7 @@ def vjp(
         lowered: As for `attribute`.
         segments: As for `attribute`.
         argnames: As for `attribute`.
+        dynamic: As for `attribute`.
         **kwargs: Keyword arguments of `model_fn`.
 
     Returns:
@@ -352,7 +364,7 @@ def vjp(
         >>> pullback(lrp.predicted)
         tensor([[0.0000, 3.0000]])
     """
-    options = Options(argnums, has_aux, named(layers, model_fn), inline_functions, lowered, segments, argnames)
+    options = Options(argnums, has_aux, named(layers, model_fn), inline_functions, lowered, segments, argnames, dynamic)
     attribution = _attribution(model_fn, rules, options, with_value=False)
     forward = attribution.forward(primals, kwargs, Relevance, reuse=True)
     outputs = [leaf for leaf in tree.leaves(forward.output) if isinstance(leaf, Tensor)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import logging
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,23 +12,43 @@ from torch import Tensor
 from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.environment import Environment
+from lrpfunc._capture.family import Family
 from lrpfunc._capture.functional import functional
 from lrpfunc._capture.identity import describe_tensor
 from lrpfunc._capture.isolation import alone, isolated, surroundings
+from lrpfunc._capture.numbers import all_hold
 from lrpfunc._capture.program import Program
 from lrpfunc._capture.refused import check_tensor_type
-from lrpfunc._capture.trace import trace
+from lrpfunc._capture.shapes import layout
+from lrpfunc._capture.trace import Trace, trace
 from lrpfunc._capture.warned import subject_of, times
 from lrpfunc._errors import CaptureWarning, warn
-from lrpfunc._torch import constant
+from lrpfunc._torch import constant, has_open_sizes
 
 _SIZE = 128
 _ALTERNATIVES = 8  # programs for one key, which differ in numbers that were read out of tensors
-_programs: Cache[tuple[Program, ...]] = Cache(_SIZE)
+logger = logging.getLogger("lrpfunc")
+
+
+class _Recorded:
+    """The programs that were recorded: those for certain sizes, and those that leave some open."""
+
+    def __init__(self) -> None:
+        self.exact: Cache[tuple[Program, ...]] = Cache(_SIZE)
+        self.families: Cache[Family] = Cache(_SIZE)
+
+
+_recorded = _Recorded()
 
 
 def capture(
-    model_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, has_aux: bool, inline: bool
+    model_fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    has_aux: bool,
+    inline: bool,
+    dynamic: bool | None = False,
 ) -> tuple[Program, list[Tensor]]:
     """What the model function does with such arguments, as a program, and the tensors to run it on.
 
@@ -36,37 +58,103 @@ def capture(
         kwargs: Its keyword arguments.
         has_aux: Whether it returns `(output, aux)`.
         inline: Whether a custom `autograd.Function` is taken for the operations of its forward.
+        dynamic: Whether the program may leave sizes open: `None` for those that have differed from call to call.
     """
     leaves, spec = tree.flatten((args, kwargs))
     roots = [model_fn, *(leaf for leaf in leaves if not isinstance(leaf, Tensor)), *tree.foreign(spec)]
     reads = Environment(*roots)
-    described = tuple(describe_tensor(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
-    key = (reads.key, described, spec, has_aux, inline, *surroundings())
-    programs = _programs  # what `clear_cache` begins anew gets no program that was recorded before
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     for kind in {type(tensor) for tensor in (*given, *reads.tensors)}:
         check_tensor_type(kind)
     read = [None, *reads.tensors, *given]  # in the order of a trace's placeholders
-    program = _found(programs.get(key), read)
+    loose = _loose(args, len(given)) if dynamic is not False else range(0)
+    around = (reads.key, tuple(isinstance(leaf, Tensor) for leaf in leaves), spec, has_aux, inline, *surroundings())
+    family = _family(around, given, loose)
+    key = None if any(map(has_open_sizes, given)) and family else (around, tuple(map(describe_tensor, given)))
+    recorded = _recorded  # what `clear_cache` begins anew gets no program that was recorded before
+
+    def found() -> Program | None:
+        programs = key and recorded.exact.get(key)
+        program = next((p for p in programs or () if all_hold(p.numbers, read)), None)
+        return program or (family and family.found(given, read))
+
+    program = found()
     if program is None:
         changed = None
         with alone():
-            program = _found(programs.get(key), read)  # another thread may have been first
+            program = found()  # another thread may have been first
             if program is None:
-                traced = trace(model_fn, leaves, spec, has_aux, inline, reads, roots)
-                program = isolated(lambda: functional(traced))
-                _name_inputs(program, args)
-                if traced.stable:
-                    programs.put(key, (program, *(programs.get(key) or ()))[:_ALTERNATIVES])
+                recording = functools.partial(_record, model_fn, args, leaves, spec, has_aux, inline, reads, roots)
+                opened = family.opened(given, loose, dynamic is True) if family else {}
+                program, traced = (opened and _tried(recording, opened, family)) or recording({})
+                if traced.stable and program.shapes is not None:
+                    family.add(program)
+                elif traced.stable:
+                    recorded.exact.put(key, (program, *(recorded.exact.get(key) or ()))[:_ALTERNATIVES])
                 changed = traced.changed
         _warn(model_fn, reads.unknown, changed)
     constant(read[place] for number in program.numbers for place in number.places)
-    return program, [*given, *program.enclosed(reads.tensors)]
+    return program, [*program.arranged(given), *program.enclosed(reads.tensors)]
 
 
-def _found(programs: Sequence[Program] | None, tensors: Sequence[Tensor | None]) -> Program | None:
-    """The program that is for the numbers in these tensors."""
-    return next((p for p in programs or () if all(number.holds(tensors) for number in p.numbers)), None)
+def _family(around: Hashable, given: Sequence[Tensor], loose: Collection[int]) -> Family | None:
+    """The programs for arguments that differ from these in the sizes of those that are loose."""
+    if not loose:
+        return None
+    families = _recorded.families
+    key = (
+        around,
+        tuple(
+            (tensor.ndim, tensor.dtype, tensor.device, layout(tensor)) if place in loose else describe_tensor(tensor)
+            for place, tensor in enumerate(given)
+        ),
+    )
+    family = families.get(key)
+    if family is None:
+        family = Family()
+        families.put(key, family)
+    return family
+
+
+def _loose(args: tuple[Any, ...], count: int) -> range:
+    """The places of the tensors that are data: of all arguments but the parameters, if there are several."""
+    parameters = sum(isinstance(leaf, Tensor) for leaf in tree.leaves(args[0])) if args else 0
+    return range(parameters % count if count else 0, count)
+
+
+def _record(
+    model_fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    leaves: list[Any],
+    spec: Any,
+    has_aux: bool,
+    inline: bool,
+    reads: Environment,
+    roots: Sequence[Any],
+    opened: Mapping[int, Collection[int]],
+) -> tuple[Program, Trace]:
+    """A program, recorded with these sizes open, and the trace that it was made of."""
+    traced = trace(model_fn, leaves, spec, has_aux, inline, reads, roots, opened)
+    program = isolated(lambda: functional(traced))
+    _name_inputs(program, args)
+    return program, traced
+
+
+def _tried(
+    recording: Callable[[Mapping[int, Collection[int]]], tuple[Program, Trace]],
+    opened: dict[int, list[int]],
+    family: Family,
+) -> tuple[Program, Trace] | None:
+    """The same, or `None` where it takes numbers for those sizes."""
+    try:
+        program, traced = recording(opened)
+    except Exception as error:  # of whatever kind: it comes again without open sizes, if it is about something else
+        logger.info("cannot be recorded with open sizes: %s", error)
+    else:
+        if len(program.shapes.closed() if program.shapes else ()) < sum(map(len, opened.values())):
+            return program, traced
+    family.close(opened)
+    return None
 
 
 def clear_cache() -> None:
@@ -89,8 +177,8 @@ def clear_cache() -> None:
         >>> relevance_fn(torch.ones(1, 1))
         tensor([[3.]])
     """
-    global _programs
-    _programs = Cache(_SIZE)
+    global _recorded
+    _recorded = _Recorded()
 
 
 def _warn(model_fn: Callable[..., Any], unknown: Sequence[str], changed: str | None) -> None:

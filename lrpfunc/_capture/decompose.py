@@ -26,10 +26,11 @@ from lrpfunc._capture.functional import HANDLERS, drop_dead
 from lrpfunc._capture.isolation import isolated
 from lrpfunc._capture.kernels import ATTENTION_KERNELS
 from lrpfunc._capture.program import Program
+from lrpfunc._capture.shapes import inlined
 from lrpfunc._capture.state import State
 from lrpfunc._capture.written import WRITTEN, broadcast
 from lrpfunc._ops.call import is_random, of, operation_name
-from lrpfunc._torch import decomposition, make_fx, map_arg
+from lrpfunc._torch import decomposition, keeping_symbols, make_fx, map_arg
 
 _HANDLERS = HANDLERS | ATTENTION_KERNELS
 
@@ -45,7 +46,12 @@ def written_out(program: Program, chosen: Collection[fx.Node]) -> tuple[Program,
         The new program, and what each node of the old one is in it. The `meta` of the pieces has in `piece_of` the
         operations that they are pieces of, the whole first. What cannot be written out is there as it was.
     """
-    return isolated(lambda: _written_out(program, chosen))
+
+    def written() -> tuple[Program, dict[fx.Node, Any]]:
+        with keeping_symbols(None, program.shapes is not None):
+            return _written_out(program, chosen)
+
+    return isolated(written)
 
 
 def _written_out(program: Program, chosen: Collection[fx.Node]) -> tuple[Program, dict[fx.Node, Any]]:
@@ -75,6 +81,7 @@ def _written_out(program: Program, chosen: Collection[fx.Node]) -> tuple[Program
         modules=[(name, [leaf and new[leaf] for leaf in leaves], spec) for name, leaves, spec in program.modules],
         numbers=program.numbers,
         module_types=program.module_types,
+        shapes=program.shapes,
     )
     return written, new
 
@@ -165,6 +172,7 @@ def _pieces(state: State, node: fx.Node) -> Written | None:
 
     try:
         graph = make_fx(expanded, decomposition_table={})([operand.meta["val"] for operand in operands]).graph
+        inlined(graph)
     except Exception:  # of whatever kind: one asks for numbers, another does not know tensors without them
         return None
     inner = [n for n in graph.nodes if n.op == "call_function"]

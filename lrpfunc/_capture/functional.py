@@ -36,10 +36,16 @@ from lrpfunc._capture.program import Program
 from lrpfunc._capture.state import Handler, State
 from lrpfunc._capture.trace import Trace
 from lrpfunc._ops.call import is_random, operation_name
+from lrpfunc._torch import keeping_symbols
 
 
 def functional(trace: Trace) -> Program:
     """The traced model function without side effects."""
+    with keeping_symbols(None, trace.shapes is not None):
+        return _functional(trace)
+
+
+def _functional(trace: Trace) -> Program:
     nodes = list(trace.module.graph.nodes)
     tick, *placeholders = (node for node in nodes if node.op == "placeholder")
     returned = list(trace.module.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -76,6 +82,7 @@ def functional(trace: Trace) -> Program:
         modules=_modules(state, trace, markers),
         numbers=trace.numbers,
         module_types=trace.module_types,
+        shapes=trace.shapes,
     )
 
 

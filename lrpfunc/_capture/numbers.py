@@ -61,6 +61,11 @@ class Number:
             return all(tensor is not None for tensor in given) and torch.equal(self.program(*given), self.value)
 
 
+def all_hold(numbers: Sequence[Number], tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all are still the same."""
+    return all(number.holds(tensors) for number in numbers)
+
+
 def number(tensor: Tensor, tensors: Sequence[Tensor | None]) -> Number | None:
     """The numbers in a tensor of the trace, if they follow from `tensors`, which its placeholders stand for."""
     found = origin(tensor)

@@ -13,6 +13,7 @@ from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.numbers import Number
 from lrpfunc._capture.returned import Returned
+from lrpfunc._capture.shapes import Shapes
 from lrpfunc._ops.call import call, is_random
 from lrpfunc._torch import constant, map_arg
 
@@ -30,6 +31,7 @@ class Program:
         numbers: Numbers in tensors that became part of it: it is for those alone.
         modules: `(name, leaves, spec)` of every module's output, in order of execution; a leaf is a node or `None`.
         module_types: The class of each, by its name.
+        shapes: Which sizes it leaves open, `None` if it is for those that it was recorded with.
         graphs: What was recognised in the program, for each choice of what is explained.
     """
 
@@ -43,6 +45,7 @@ class Program:
     modules: list[tuple[str, list[fx.Node | None], Any]]
     numbers: list[Number]
     module_types: dict[str, type]
+    shapes: Shapes | None = None
     graphs: Cache[Any] = field(default_factory=lambda: Cache(16))
 
     @cached_property
@@ -69,6 +72,18 @@ class Program:
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = call(node, args, kwargs)
         return values
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether it is right for the sizes of these arguments."""
+        return self.shapes is None or self.shapes.fit(tensors)
+
+    def arranged(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The arguments, laid out in memory as the program takes them."""
+        return tensors if self.shapes is None else self.shapes.arranged(tensors)
+
+    def sizes(self, tensors: Sequence[Tensor]) -> list[int]:
+        """The open sizes, for the tensors that the program is run on."""
+        return [] if self.shapes is None else self.shapes.sizes(tensors)
 
     def enclosed(self, environment: Sequence[Tensor]) -> list[Tensor]:
         """The closed-over tensors, of which the environment has those that are read anew at each call."""

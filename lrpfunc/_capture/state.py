@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from lrpfunc._capture.program import is_float
 from lrpfunc._errors import CaptureError
 from lrpfunc._ops.functions import assigned, overwrite
-from lrpfunc._torch import aten, map_arg
+from lrpfunc._torch import OpenGraph, aten, map_aggregate, map_arg
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,22 @@ class View:
         for step in self.chain:
             whole = step.target(whole, *step.args, **step.kwargs)
         return whole
+
+    def with_sizes(self, read: Callable[[torch.SymInt], Any]) -> View:
+        """The view with other sizes in place of those that are open."""
+        steps = ((step, with_sizes((step.args, step.kwargs), read)) for step in self.chain)
+        return View(tuple(replace(step, args=args, kwargs=kwargs) for step, (args, kwargs) in steps))
+
+
+def with_sizes(arguments: Any, read: Callable[[torch.SymInt], Any]) -> Any:
+    """Arguments of an operation with `read(size)` in place of each open size, those of views included."""
+
+    def replaced(leaf: Any) -> Any:
+        if isinstance(leaf, View):
+            return leaf.with_sizes(read)
+        return read(leaf) if isinstance(leaf, torch.SymInt) else leaf
+
+    return map_aggregate(arguments, replaced)
 
 
 @dataclass(eq=False)
@@ -107,7 +124,7 @@ class State:
     """
 
     def __init__(self, given: Collection[fx.Node], held: Collection[fx.Node]):
-        self.graph = fx.Graph()
+        self.graph = OpenGraph()
         self.scopes: list[str] = []
         self.no_grad = False
         self.autocast: dict[fx.Node, tuple[Any, ...]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,9 +21,10 @@ from lrpfunc._capture.markers import Recorder, recording
 from lrpfunc._capture.memory import forget_cached, is_cached, restoring
 from lrpfunc._capture.numbers import Number
 from lrpfunc._capture.returned import Returned, returned
+from lrpfunc._capture.shapes import Shapes, inlined
 from lrpfunc._capture.watch import BeginsTransform, Watch, custom_functions, refusing, unknown_number
 from lrpfunc._errors import CaptureError
-from lrpfunc._torch import FakeTensor, FakeTensorMode, fake_mode, innermost, make_fx
+from lrpfunc._torch import FakeTensor, FakeTensorMode, fake_mode, innermost, keeping_symbols, make_fx
 
 
 @dataclass(eq=False)
@@ -43,6 +44,7 @@ class Trace:
         numbers: Numbers in tensors that became part of it.
         stable: Whether the trace may be used again, where those are the same.
         changed: The name of what the function reads and has changed itself.
+        shapes: Which sizes it leaves open.
     """
 
     module: fx.GraphModule
@@ -56,6 +58,7 @@ class Trace:
     numbers: list[Number]
     stable: bool
     changed: str | None
+    shapes: Shapes | None
     after_dispatch: bool
 
     @property
@@ -88,6 +91,8 @@ def _trace(
     made: list[weakref.ref[Tensor]],
     mode: FakeTensorMode,
     before: Environment,
+    given: Sequence[Tensor],
+    open_dims: Mapping[int, Collection[int]],
 ) -> _Traced:
     found: dict[str, Any] = {}
 
@@ -110,7 +115,11 @@ def _trace(
         return [leaf for leaf in (*values, *tree.leaves(aux)) if isinstance(leaf, Tensor)]
 
     scalar = ((), (), torch.float32, torch.device("cpu"))
+    shapes = Shapes(mode) if open_dims else None
     inputs = fake_like([scalar, *map(describe_tensor, closed), *keys], mode)
+    for place, dims in open_dims.items():
+        assert shapes is not None
+        inputs[len(closed) + 1 + place] = shapes.open(place, given[place], dims)
     made.extend(map(weakref.ref, inputs))
     watches: list[Watch] = []
     recorders: list[Recorder] = []
@@ -127,8 +136,13 @@ def _trace(
 
     # `decomposition_table={}`: without it torch 2.15 turns `detach` into `alias`, which stops nothing.
     options: dict[str, Any] = {"pre_dispatch": True} if before_dispatch else {"decomposition_table": {}}
-    module = make_fx(marked, tracing_mode="fake", _allow_non_fake_inputs=True, **options)(*inputs)
+    kind = "real" if open_dims else "fake"  # which is what `make_fx` calls it where the tensors and sizes are ours
+    with keeping_symbols(mode, bool(open_dims)):
+        module = make_fx(marked, tracing_mode=kind, _allow_non_fake_inputs=True, **options)(*inputs)
+    if open_dims:
+        inlined(module.graph)
     found["module_types"] = recorders[-1].module_types
+    found["shapes"] = shapes
     return module, recorders[-1].handed_over(), found, watches[-1]
 
 
@@ -182,6 +196,7 @@ def trace(
     inline: bool,
     reads: Environment,
     roots: Sequence[Any],
+    open_dims: Mapping[int, Collection[int]] | None = None,
 ) -> Trace:
     """Runs the model function on fake tensors, where it does nothing but to be recorded.
 
@@ -193,14 +208,16 @@ def trace(
         inline: Whether a custom `autograd.Function` is taken for the operations of its forward.
         reads: What it read when the program was looked for.
         roots: What that was read from.
+        open_dims: Which sizes of which of the tensors among the leaves are left open.
     """
     closed = reads.tensors
     before = Environment(*roots, transformed=True, remember=True)
     undo = restoring(roots[1:]), restoring_scripts(before.met())
-    keys = [describe_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    keys = list(map(describe_tensor, given))
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
     # Numbers in what can be explained are none that a program may be for.
-    known = [None if _is_continuous(leaf) else leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    known = [None if _is_continuous(leaf) else leaf for leaf in given]
     made: list[weakref.ref[Tensor]] = []
 
     def attempt(before_dispatch: bool, again: bool = False) -> _Traced | None:
@@ -211,7 +228,21 @@ def trace(
         def once() -> _Traced | None:
             try:
                 traced = _trace(
-                    model_fn, static, spec, has_aux, custom, keys, closed, known, before_dispatch, made, mode, before
+                    *(
+                        model_fn,
+                        static,
+                        spec,
+                        has_aux,
+                        custom,
+                        keys,
+                        closed,
+                        known,
+                        before_dispatch,
+                        made,
+                        mode,
+                        before,
+                    ),
+                    *(given, open_dims or {}),
                 )
             except BeginsTransform:
                 return None  # the exception would keep what the trace has made
@@ -267,5 +298,6 @@ def trace(
         watch.numbers,
         stable,
         changed,
+        found["shapes"],
         whole is None,
     )

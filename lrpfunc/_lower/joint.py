@@ -29,7 +29,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from lrpfunc._capture.program import Program
+from lrpfunc._capture.state import with_sizes
 from lrpfunc._lower.retrace import Traced
+from lrpfunc._lower.sizes import Sizes
 from lrpfunc._ops.call import call, operation_name
 from lrpfunc._ops.functions import copied
 from lrpfunc._ops.strided import free_of_layout
@@ -81,9 +83,10 @@ def join(
         forward[node] = graph.placeholder(node.name)
         forward[node].meta = dict(node.meta)
         joint.inputs.append(forward[node])
+    sizes = Sizes(graph, program.shapes.symbols if program.shapes else ())
     for node in program.graph.nodes:
         if node.op == "call_function":
-            forward[node] = _written(graph, node, forward)
+            forward[node] = _written(graph, node, forward, sizes)
             joint.early.add(forward[node])
     joint.outputs = [forward[node] for node in (*program.outputs, *program.aux)]
 
@@ -91,7 +94,7 @@ def join(
     starts = len(program.outputs)
     joint.start = [graph.placeholder(f"start_{i}") for i in range(starts)]
     tensors = [graph.placeholder(f"rule_{i}") for i in range(len(placeholders) - len(leaves) - starts)]
-    joint.inputs += tensors
+    joint.inputs += [*tensors, *sizes.inputs]
     joint.early.update(joint.inputs)
     given = [
         forward[node] if place is None else graph.call_function(operator.getitem, (forward[node], place))
@@ -101,12 +104,13 @@ def join(
     copies = dict(zip(placeholders, [*given, *joint.start, *tensors], strict=True))
     for node in traced.graph.nodes:
         if node.op in ("call_function", "get_attr"):
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node] = _copy(graph, node, copies, sizes)
         if node.op == "call_function":
             new = copies[node]
             new.target, new.kwargs = free_of_layout(new.target, node.args, new.kwargs)
             if new.target is aten.copy.default:  # torch has no derivative of it
                 new.target = copied
+    joint.early.update(sizes.nodes)
     (output,) = (node for node in traced.graph.nodes if node.op == "output")
     results = [copies[node] for node in output.args[0]]
     joint.relevance = results[: len(results) - len(shared)]
@@ -119,12 +123,17 @@ _UNSPEAKABLE = ("overwrite", "fused")
 
 
 class Written:
-    """An operation that runs under a mode, or takes an argument that code cannot spell."""
+    """An operation that runs under a mode, or takes an argument that code cannot spell.
 
-    def __init__(self, node: fx.Node):
+    Args:
+        node: The operation.
+        operands: What it is called with: the nodes that it reads, and then the open sizes among its arguments.
+    """
+
+    def __init__(self, node: fx.Node, operands: Sequence[Any]):
         self.node = node
         self._args = node.args, node.kwargs
-        self._operands = list(node.all_input_nodes)
+        self._operands = list(operands)
         self.__name__ = self.__qualname__ = operation_name(node)
 
     @property
@@ -137,16 +146,28 @@ class Written:
         return self.node.target, args, self.node.meta["no_grad"], self.node.meta["autocast"]
 
     def __call__(self, *tensors: Any) -> Any:
-        args, kwargs = map_arg(self._args, dict(zip(self._operands, tensors, strict=True)).__getitem__)
+        known = dict(zip(self._operands, tensors, strict=True))
+        args, kwargs = with_sizes(map_arg(self._args, known.__getitem__), lambda size: known[size.node.expr])
         return call(self.node, args, kwargs)
 
 
-def _written(graph: fx.Graph, node: fx.Node, forward: dict[fx.Node, fx.Node]) -> fx.Node:
-    if node.meta["no_grad"] or node.meta["autocast"] or operation_name(node) in _UNSPEAKABLE:
-        new = graph.call_function(Written(node), tuple(forward[n] for n in node.all_input_nodes))
-        new.meta = dict(node.meta)
-        return new
-    return graph.node_copy(node, forward.__getitem__)
+def _written(graph: fx.Graph, node: fx.Node, forward: dict[fx.Node, fx.Node], sizes: Sizes) -> fx.Node:
+    if not (node.meta["no_grad"] or node.meta["autocast"] or operation_name(node) in _UNSPEAKABLE):
+        return _copy(graph, node, forward, sizes)
+    found: dict[Any, Any] = {}
+    with_sizes((node.args, node.kwargs), lambda size: found.setdefault(size.node.expr, sizes.spelled_size(size)))
+    operands = [forward[n] for n in node.all_input_nodes]
+    new = graph.call_function(Written(node, [*node.all_input_nodes, *found]), (*operands, *found.values()))
+    new.meta = dict(node.meta)
+    return new
+
+
+def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], sizes: Sizes) -> fx.Node:
+    """A copy of a node, with nodes in place of the open sizes among its arguments."""
+    args, kwargs = map_arg(sizes.spelled((node.args, node.kwargs)), lambda n: copies.get(n, n))
+    new = graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+    new.meta = dict(node.meta)
+    return new
 
 
 def returns(joint: Joint, results: Iterable[fx.Node]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,9 +58,9 @@ def lower(
     count = 0 if bound is None else bound.count
     inputs = [*tensors[count:], *constant(rules.tensors)]
     exact = exact or reuse or any(map(is_differentiated, (*tensors[:count], *inputs, *given)))
-    programs = _programs(graph, rules, form, count, segments, exact, reuse)
+    programs = _fitting_programs(graph, rules, tensors, (form, count, segments, exact, reuse))
     prepared = [] if bound is None else bound.prepared(programs, list(tensors[:count]))
-    results = programs.forward([*prepared, *inputs])
+    results = programs.forward([*prepared, *inputs, *program.sizes(tensors)])
     ends = len(program.outputs), len(program.outputs) + len(program.aux)
     output, aux = program.output(results[: ends[0]]), program.aux_output(results[ends[0] : ends[1]])
     saved = list(results[ends[1] :])
@@ -77,6 +78,43 @@ def lower(
         return graph.answer(walk(needed))
 
     return Forward(output, aux, pull, program.is_random)
+
+
+class Unfit(Exception):
+    """A program that leaves sizes open turned out not to serve these."""
+
+
+def fitting(forward: Forward, again: Callable[[], Forward]) -> Forward:
+    """The same, but `again()` is pulled if what a derivative needs turns out not to serve these sizes."""
+
+    def pull(start: Sequence[Message]) -> Any:
+        try:
+            return forward.pull(start)
+        except Unfit:
+            return again().pull(start)
+
+    return replace(forward, pull=pull)
+
+
+def _fitting_programs(
+    graph: Graph, rules: Assignment, tensors: Sequence[Tensor], signature: tuple[Any, ...]
+) -> Programs:
+    """The programs, if they are right for the sizes of these tensors: some step may have taken sizes for numbers.
+
+    Raises:
+        Unfit: If not. The recording is then of no use for these sizes, and another is to be made.
+    """
+    shapes = graph.program.shapes
+    try:
+        programs = _programs(graph, rules, *signature)
+    except Exception as error:  # of whatever kind: it comes again without open sizes, if it is about something else
+        if shapes is None:
+            raise
+        shapes.give_up(error)
+        raise Unfit from None
+    if not graph.program.fits(tensors):
+        raise Unfit
+    return programs
 
 
 def _programs(

@@ -190,7 +190,7 @@ def _transposed(backward: fx.Node, result: fx.Node) -> fx.Node | None:
     sizes, kernel, given = (n.meta["val"].shape[2:] for n in (x, weight, grad))  # type: ignore[union-attr]
     over = zip(sizes, kernel, given, stride, padding, dilation, strict=False)  # type: ignore[arg-type]
     extra = [size - ((g - 1) * s - 2 * p + d * (k - 1) + 1) for size, k, g, s, p, d in over]
-    if len(extra) != len(sizes):
+    if len(extra) != len(sizes) or not all(isinstance(size, int) for size in extra):  # open sizes may leave it open
         return None
     left = [0] * len(extra) if transposed else extra
     args = (grad, weight, None, stride, padding, dilation, not transposed, left, groups)

@@ -31,13 +31,12 @@ import torch
 from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
-from lrpfunc._capture.identity import describe_tensor
 from lrpfunc._layers.affine import Affine
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.graph import Graph
 from lrpfunc._layers.layer import Layer
 from lrpfunc._lower.retrace import Traced, retrace
-from lrpfunc._torch import hashable, map_arg
+from lrpfunc._torch import OpenGraph, hashable, map_arg
 from lrpfunc._walk.assign import Assignment
 from lrpfunc._walk.forward import relevance, walk
 from lrpfunc._walk.propagate import take
@@ -126,9 +125,8 @@ def _described(value: Any) -> Hashable:
 
 
 def _kind(tensor: Tensor) -> Hashable:
-    if tensor.layout is torch.strided:
-        return describe_tensor(tensor)
-    return tensor.layout, tuple(tensor.shape), tensor.dtype, tensor.device
+    strides = hashable(tensor.stride()) if tensor.layout is torch.strided else tensor.layout
+    return hashable(tensor.shape), strides, tensor.dtype, tensor.device
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class _Piece:
 
 
 def _form(message: Message) -> Hashable:
-    return type(message), describe_tensor(message.value.meta["val"])  # type: ignore[attr-defined]
+    return type(message), _kind(message.value.meta["val"])  # type: ignore[attr-defined]
 
 
 class _Laid:
@@ -160,7 +158,7 @@ class _Laid:
         self._shared = shared
         self._exact = exact
         self._pieces: dict[Hashable, _Piece] = {}
-        self.graph = fx.Graph()
+        self.graph = OpenGraph()
         self.constants: dict[str, Tensor] = {}
         self.stable = True
         self.evaluated: dict[Layer, fx.Node] = {}

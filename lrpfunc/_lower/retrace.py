@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, fx
 
 from lrpfunc._capture.environment import Environment
-from lrpfunc._capture.identity import describe_tensor
 from lrpfunc._capture.isolation import alone, isolated
-from lrpfunc._capture.trace import VALUE_DEPENDENT, fake_like, is_fake
+from lrpfunc._capture.shapes import inlined
+from lrpfunc._capture.trace import VALUE_DEPENDENT, is_fake
 from lrpfunc._capture.watch import Watch
 from lrpfunc._errors import RuleError, opaque
-from lrpfunc._torch import FakeTensorMode, aten, fake_mode, make_fx, schema
+from lrpfunc._torch import FakeTensorMode, aten, environment_of, fake_mode, keeping_symbols, make_fx, schema
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def retrace(
     environment = Environment(rules, transformed=True, remember=True)
 
     def trace() -> fx.GraphModule:
-        mode = fake_mode()
+        environment_of_sizes = environment_of([*tensors, *start])
+        mode = fake_mode(environment_of_sizes)
         # Each is a tensor of its own: a trace takes what is the same object for the same value.
         fakes = [[_fake(tensor, mode) for tensor in group] for group in (tensors, start, environment.tensors)]
 
@@ -76,7 +77,7 @@ def retrace(
                 return walk(tensors, start)
 
         functional: Any = torch.func.functionalize(watched, remove="mutations")
-        with mode:
+        with mode, keeping_symbols(None, environment_of_sizes is not None):
             return make_fx(functional, _allow_non_fake_inputs=True, decomposition_table={})(*fakes)
 
     try:
@@ -100,6 +101,7 @@ def retrace(
             "not stop there. Write x.detach(), or walk operation by operation:\n\n"
             "    lrpfunc.attribute(model_fn, rules, lowered=False)"
         )
+    inlined(module.graph)
     for node in module.graph.nodes:
         # A product with a vector ends in this: no new numbers, and what is changed is the trace's own.
         if node.target is aten.squeeze_.dim:
@@ -115,10 +117,10 @@ def retrace(
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    if tensor.layout is torch.strided:
-        return fake_like([describe_tensor(tensor)], mode)[0]
     with mode:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, device=tensor.device)
+        if tensor.layout is not torch.strided:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, device=tensor.device)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _writes(node: fx.Node) -> bool:

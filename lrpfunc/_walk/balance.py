@@ -27,9 +27,23 @@ LIMIT = 1000
 
 
 def watched(
-    forward: Forward, graph: Graph, rules: Assignment, tensors: Sequence[Tensor], model_fn: Callable[..., Any]
+    forward: Forward,
+    graph: Graph,
+    rules: Assignment,
+    tensors: Sequence[Tensor],
+    model_fn: Callable[..., Any],
+    concrete: Callable[[], tuple[Graph, Assignment, Sequence[Tensor]]] | None = None,
 ) -> Forward:
-    """The same, but the first walk on numbers warns if relevance explodes, or is nearly all lost."""
+    """The same, but the first walk on numbers warns if relevance explodes, or is nearly all lost.
+
+    Args:
+        forward: The forward pass.
+        graph: The layers.
+        rules: Their rules.
+        tensors: What the forward pass was run on.
+        model_fn: The model function.
+        concrete: Where sizes may be open: all that for a program without, to look for the layer where it happens.
+    """
     if rules.composite.cotangent or graph.balanced.get(rules.key) or not set(graph.starts) <= set(graph.requested):
         return forward
     outputs = [leaf for leaf in tree.leaves(forward.output) if isinstance(leaf, Tensor)]
@@ -46,7 +60,8 @@ def watched(
             with torch.no_grad():
                 begun = _magnitude([m.relevance(y) for m, y in zip(start, outputs, strict=True)])
                 if 0 < begun < torch.inf and not begun / LIMIT <= (ends := _magnitude(arrived)) <= begun * LIMIT:
-                    _warn(begun, ends, _culprit(graph, rules, inputs, start, not ends < begun), model_fn)
+                    found_in = concrete() if concrete else (graph, rules, inputs)
+                    _warn(begun, ends, _culprit(*found_in, start, not ends < begun), model_fn)
         return answer
 
     return replace(forward, pull=pull)
