@@ -157,6 +157,11 @@ def proxied(expression: Any, known: Mapping[Any, Any]) -> Any:
     return _run_sympy_handler(PythonReferenceAnalysis, [known[argument] for argument in expression.args], expression)
 
 
+def unseen(is_open: bool) -> contextlib.AbstractContextManager[Any]:
+    """Works on symbolic sizes where no recorder around sees it, which would look for its own in them."""
+    return disable_current_modes() if is_open else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def keeping_symbols(mode: FakeTensorMode | None, is_open: bool = True) -> Iterator[None]:
     """Runs operations on tensors without data so that their sizes stay symbols.

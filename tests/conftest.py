@@ -2,9 +2,13 @@
 
 import gc
 import os
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
+
+from lrpfunc._capture import capture as capture_module
 
 settings.register_profile("lrpfunc", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("lrpfunc")
@@ -16,3 +20,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A trace makes many objects that stay, and the collector looks through all there are each time their number has grown
 # by a quarter: a third of the suite's time.
 gc.set_threshold(20_000, 20, 100)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that a model function was recorded."""
+    found: list[int] = []
+    capture_module.clear_cache()
+    trace = capture_module.trace
+
+    def counted(*args: Any) -> Any:
+        found.append(1)
+        return trace(*args)
+
+    monkeypatch.setattr(capture_module, "trace", counted)
+    return found

@@ -19,24 +19,9 @@ from torch import Tensor, fx, nn
 
 import lrpfunc as lrp
 from lrpfunc import _tree as tree
-from lrpfunc._capture import capture as capture_module
 from tests.cases import normal
 
 W, X = normal(4, 3), normal(2, 4, seed=1)
-
-
-@pytest.fixture
-def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each time that a model function was recorded."""
-    found: list[int] = []
-    trace = capture_module.trace
-
-    def counted(*args: Any) -> Any:
-        found.append(1)
-        return trace(*args)
-
-    monkeypatch.setattr(capture_module, "trace", counted)
-    return found
 
 
 def value(model_fn: Callable[..., Any], *args: Any) -> Tensor:

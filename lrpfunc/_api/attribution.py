@@ -23,7 +23,7 @@ from lrpfunc._errors import ERRORS, CaptureError, InputError
 from lrpfunc._layers.graph import Graph
 from lrpfunc._lower.bound import Bound
 from lrpfunc._lower.lower import Unfit, fitting, lower
-from lrpfunc._torch import is_wrapped
+from lrpfunc._torch import is_wrapped, unseen
 from lrpfunc._walk.assign import Assignment, assign
 from lrpfunc._walk.balance import watched
 from lrpfunc._walk.forward import Forward, op_by_op
@@ -128,8 +128,9 @@ class Attribution(Description, Generic[R]):
             program, tensors = capture(
                 self.model_fn, args, kwargs, has_aux=options.has_aux, inline=options.inline_functions, dynamic=dynamic
             )
-            graph = recognise(program, explained, options.globs)
-            return graph, assign(graph, self.rules), tensors
+            with unseen(program.shapes is not None):
+                graph = recognise(program, explained, options.globs)
+                return graph, assign(graph, self.rules), tensors
         except ERRORS as error:  # which say all there is to say: a hundred frames of torch's would hide it
             raise error.with_traceback(None) from None
         except Exception as error:

@@ -149,9 +149,12 @@ def _tried(
     try:
         program, traced = recording(opened)
     except Exception as error:  # of whatever kind: it comes again without open sizes, if it is about something else
-        logger.info("cannot be recorded with open sizes: %s", error)
+        logger.info("cannot be recorded with open sizes: %s: %s", type(error).__name__, error)
     else:
-        if len(program.shapes.closed() if program.shapes else ()) < sum(map(len, opened.values())):
+        closed = program.shapes.closed() if program.shapes else []
+        if closed:
+            logger.info("the recording closes %s of the sizes left open, as a loop in Python does", len(closed))
+        if len(closed) < sum(map(len, opened.values())):
             return program, traced
     family.close(opened)
     return None

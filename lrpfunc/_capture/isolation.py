@@ -13,7 +13,7 @@ from typing import Generic
 import torch
 
 from lrpfunc._errors import CaptureError
-from lrpfunc._torch import T, global_forward_hooks, plainly, uncompiled
+from lrpfunc._torch import T, disable_current_modes, global_forward_hooks, plainly, uncompiled
 
 # NOTE: [one capture at a time] torch keeps the stack of modes that trace before dispatch per process, not per thread.
 _turn = threading.RLock()
@@ -145,6 +145,7 @@ class _Thread(threading.Thread, Generic[T]):
 
     def _run(self) -> None:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(disable_current_modes())  # those before dispatch are the process's, see above
             stack.enter_context(uncompiled())
             stack.enter_context(plainly())
             if self._device != torch.device("cpu"):

@@ -96,7 +96,7 @@ class Shapes:
 
     def give_up(self, error: Exception) -> None:
         """Leaves the program to nobody: something that is made of it needs numbers for sizes."""
-        logger.info("no size is left open any more: %s", error)
+        logger.info("no size is left open any more: %s: %s", type(error).__name__, error)
         self._is_of_use = False
 
     def _compiled(self) -> Callable[..., bool]:

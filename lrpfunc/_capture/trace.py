@@ -84,7 +84,6 @@ def _trace(
     spec: Any,
     has_aux: bool,
     custom: dict[types.CodeType, str],
-    keys: Sequence[Any],
     closed: Sequence[Tensor],
     known: Sequence[Tensor | None],
     before_dispatch: bool,
@@ -116,10 +115,11 @@ def _trace(
 
     scalar = ((), (), torch.float32, torch.device("cpu"))
     shapes = Shapes(mode) if open_dims else None
-    inputs = fake_like([scalar, *map(describe_tensor, closed), *keys], mode)
-    for place, dims in open_dims.items():
-        assert shapes is not None
-        inputs[len(closed) + 1 + place] = shapes.open(place, given[place], dims)
+    inputs = fake_like([scalar, *map(describe_tensor, closed)], mode)
+    for place, tensor in enumerate(given):
+        dims = open_dims.get(place)
+        opened = None if shapes is None or dims is None else shapes.open(place, tensor, dims)
+        inputs.append(fake_like([describe_tensor(tensor)], mode)[0] if opened is None else opened)
     made.extend(map(weakref.ref, inputs))
     watches: list[Watch] = []
     recorders: list[Recorder] = []
@@ -214,7 +214,6 @@ def trace(
     before = Environment(*roots, transformed=True, remember=True)
     undo = restoring(roots[1:]), restoring_scripts(before.met())
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    keys = list(map(describe_tensor, given))
     static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
     # Numbers in what can be explained are none that a program may be for.
     known = [None if _is_continuous(leaf) else leaf for leaf in given]
@@ -234,7 +233,6 @@ def trace(
                         spec,
                         has_aux,
                         custom,
-                        keys,
                         closed,
                         known,
                         before_dispatch,

@@ -23,7 +23,7 @@ from lrpfunc._lower.pieces import Elsewhere, pieced, repeats
 from lrpfunc._lower.retrace import Traced, retrace
 from lrpfunc._ops.call import of
 from lrpfunc._ops.functions import scaled_dot_product_attention
-from lrpfunc._torch import constant, is_differentiated, mapped_over, vjp
+from lrpfunc._torch import constant, is_differentiated, mapped_over, unseen, vjp
 from lrpfunc._walk.assign import Assignment
 from lrpfunc._walk.forward import Forward, on_numbers, relevance, walk
 from lrpfunc.rules._message import Message
@@ -106,7 +106,8 @@ def _fitting_programs(
     """
     shapes = graph.program.shapes
     try:
-        programs = _programs(graph, rules, *signature)
+        with unseen(shapes is not None):
+            programs = _programs(graph, rules, *signature)
     except Exception as error:  # of whatever kind: it comes again without open sizes, if it is about something else
         if shapes is None:
             raise

@@ -32,9 +32,9 @@ class Sizes:
     """
 
     def __init__(self, graph: fx.Graph, symbols: Sequence[Any]):
-        tracer = fx.proxy.GraphAppendingTracer(graph)
         self.inputs = [graph.placeholder(str(symbol)) for symbol in symbols]
         self.nodes = list(self.inputs)
+        tracer = _Tracer(graph, self.nodes)
         self._known: dict[Any, Any] = {
             symbol: fx.Proxy(node, tracer) for symbol, node in zip(symbols, self.inputs, strict=True)
         }
@@ -52,7 +52,17 @@ class Sizes:
         if expression not in self._known:
             for argument in expression.args:
                 self._computed(argument)
-            self._known[expression] = computed = proxied(expression, self._known)
-            if isinstance(computed, fx.Proxy):
-                self.nodes.append(computed.node)
+            self._known[expression] = proxied(expression, self._known)
         return self._known[expression]
+
+
+class _Tracer(fx.proxy.GraphAppendingTracer):
+    """Adds what is done with proxies to a graph, and to a list."""
+
+    def __init__(self, graph: fx.Graph, nodes: list[fx.Node]):
+        super().__init__(graph)
+        self._nodes = nodes
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self._nodes.append(super().create_node(*args, **kwargs))
+        return self._nodes[-1]

@@ -14,7 +14,7 @@ from torch import fx
 from lrpfunc._ops.functions import hardsigmoid, scaled_dot_product_attention
 from lrpfunc._ops.operator import Arguments, Condition, Holds, Operator, holds
 from lrpfunc._ops.table import POINTWISE, TABLE, UNKNOWN
-from lrpfunc._torch import OpOverload, aten, overload_name, schema
+from lrpfunc._torch import OpOverload, aten, has_open_sizes, overload_name, schema
 
 
 def operation_name(node: fx.Node) -> str:
@@ -99,6 +99,8 @@ def call(node: fx.Node, args: Any, kwargs: Any, *, exact: bool | None = None) ->
     if exact is not None:
         operator = of(node)
         target = (exact and operator.exact) or operator.in_walk or target
+        if operator.of_open_sizes and has_open_sizes(args[0]):
+            target = operator.of_open_sizes
     if node.meta.get("no_grad") or node.meta.get("autocast"):
         with _surroundings(node):
             return target(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -180,6 +181,25 @@ def _attention_math(
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
     return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, *args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Where sizes are open
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Torch's own, which takes an input of several dimensions for a matrix as well, but by its numbers."""
+    if bias is None or x.ndim <= 2:
+        return aten.linear.default(x, weight, bias)
+    rows = aten.linear.default(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight, bias)
+    return rows.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def max_pool1d(x: Tensor, *arguments: Any) -> Tensor:
+    """Torch's own, as the pooling of an image of one row."""
+    size, stride, padding, dilation, ceil = (*arguments, *((), [0], [1], False)[len(arguments) - 1 :])
+    rows = ([1, *size], [1, *(stride or size)], [0, *padding], [1, *dilation], ceil)
+    return aten.max_pool2d.default(x.unsqueeze(-2), *rows).squeeze(-2)
 
 
 def fused(target: Any, *args: Any, **kwargs: Any) -> Any:

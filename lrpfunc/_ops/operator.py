@@ -96,6 +96,7 @@ class Operator:
         held: The operator as an affine function of its first operand, whose statistics are those of the values that
             come second; then the operator's own arguments.
         in_walk: What the walk backwards evaluates in its place.
+        of_open_sizes: What it evaluates where sizes are open, of which torch's own would ask for numbers.
         exact: What it evaluates if the VJP will be differentiated with respect to its cotangent, or vmapped over it.
     """
 
@@ -123,6 +124,7 @@ class Operator:
     random: bool | Callable[[Arguments], bool] | None = None
     held: Callable[..., Any] | None = None
     in_walk: Callable[..., Any] | None = None
+    of_open_sizes: Callable[..., Any] | None = None
     exact: Callable[..., Any] | None = None
 
     @property

@@ -67,7 +67,8 @@ _RECORDS = {
     "as_computed": Operator(Kind.SELECT, degree=1, in_walk=functions.written_out),
     # ----------------------------------------------------------------------------------------------------------
     # Each element of the result is the element of an operand that won a comparison
-    "max_pool1d max_pool1d_with_indices adaptive_max_pool1d": _winner(),
+    "max_pool1d": _winner(of_open_sizes=functions.max_pool1d),
+    "max_pool1d_with_indices adaptive_max_pool1d": _winner(),
     "max_pool2d max_pool2d_with_indices adaptive_max_pool2d fractional_max_pool2d": _winner(),
     "max_pool3d max_pool3d_with_indices adaptive_max_pool3d fractional_max_pool3d": _winner(),
     "amax amin max min median": _winner(reduces=True),
@@ -119,7 +120,7 @@ _RECORDS = {
         singular=when.divisor,
     ),
     "div:floor div:trunc divide:floor divide:trunc": Operator(differentiable=False),
-    "linear": Operator(Kind.DENSE, (0, 1), addend=2, features=0),
+    "linear": Operator(Kind.DENSE, (0, 1), addend=2, features=0, of_open_sizes=functions.linear),
     "mm matmul": Operator(Kind.DENSE, (0, 1), features=-1),
     "addmm": Operator(Kind.DENSE, (1, 2), addend=0, features=-1),
     "baddbmm addmv": Operator(Kind.DENSE, (1, 2), addend=0),
