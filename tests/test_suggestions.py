@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "product": (lambda w, x: (x @ w) * x, [], r"lrp.attn_lrp\(\) \+ rules"),
     "quotient": (lambda w, x: (x @ w) / x.sum(), [], r"lrp.attn_lrp\(\) \+ rules"),
     "complex": (lambda w, x: torch.fft.rfft(x @ w).real, ATTN, "'fft_rfft'"),
-    "matrix": (lambda w, x: torch.linalg.qr(x.T)[0].T + (x @ w).softmax(0), [], r"'linalg_qr'.* \+ lrp.attn_lrp"),
+    "matrix": (lambda w, x: torch.linalg.eigh(x @ x.T)[1] @ (x @ w).softmax(0), [], r"'linalg_eigh'.* \+ lrp.attn_lrp"),
     "several outputs": (lambda w, x: torch.linalg.eigh((x @ w).T @ x)[1], ATTN, "'linalg_eigh'"),
     "exponent": (lambda w, x: (x @ w).abs() ** x, ATTN, "'pow'"),
     "scatter": (lambda w, x: (x @ w).scatter(0, x.long()[:1] * 0, x, reduce="add"), ATTN, "'scatter'"),

@@ -221,6 +221,8 @@ def written_out(written: Tensor, outputs: Any, index: int) -> Tensor:
 
 def _chosen(written: Tensor, base: Tensor, values: Tensor) -> Tensor:
     """`base`, with `values[k]` wherever `written` holds `k`: each place takes what was written there last."""
+    if not values.numel():
+        return base
     return torch.where(written < 0, base, values.reshape(-1)[written.clamp(min=0)])
 
 
