@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -114,7 +114,7 @@ def has_open_sizes(tensor: Tensor) -> bool:
     return any(isinstance(size, torch.SymInt) for size in tensor.shape)
 
 
-def hint(size: Any) -> int:
+def hint(size: Any) -> Any:
     """What an open size is where it was recorded; asking for it closes nothing."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
@@ -147,7 +147,7 @@ def python_code(expression: Any) -> str:
     return PythonPrinter().doprint(expression)
 
 
-def proxied(expression: Any, known: Mapping[Any, Any]) -> Any:
+def proxied(expression: Any, known: dict[Any, Any]) -> Any:
     """One step of an expression of symbolic sizes on proxies of a graph, for its arguments, or for itself."""
     from torch.utils._sympy.interp import _run_sympy_handler, sympy_interp
     from torch.utils._sympy.reference import PythonReferenceAnalysis

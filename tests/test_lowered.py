@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrpfunc as lrp
 from benchmarks.measure import flops, gradient, peak_memory
-from lrpfunc._capture import capture
 from lrpfunc._lower import lower
 from tests.cases import ATTENTION_CASES, ATTENTION_COMPOSITES, ATTENTION_MODELS, COMPOSITES, MODELS, normal, randomized
 from tests.oracles import largest_difference
@@ -353,7 +352,7 @@ def test_bind_shares_what_is_computed_under_a_mode(around: Any) -> None:
     assert len(kept(bound)) == 3
     assert len(set(kept(bound))) == 1
     expressions = len(bound._bound._expressions)
-    capture._programs._entries.clear()
+    lrp.clear_cache()
     gc.collect()
     assert (expressions > 0, len(bound._bound._expressions), len(bound._bound._prepared)) == (True, 0, 0)
 

@@ -14,6 +14,7 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 
 import lrpfunc as lrp
+from lrpfunc.rules._message import Message
 from lrpfunc.testing import Net, models
 from tests.cases import normal, randomized
 from tests.oracles import largest_difference
@@ -167,7 +168,7 @@ def test_a_rule_for_certain_sizes() -> None:
 class Half(lrp.Rule):
     """Asks for a number where others leave it open."""
 
-    def propagate(self, layer: lrp.BoundLayer, message: lrp.Message) -> tuple[lrp.Message, ...]:
+    def propagate(self, layer: lrp.BoundLayer, message: Message) -> tuple[Message, ...]:
         share = 1 / int(layer.output.shape[0])
         return lrp.Epsilon().propagate(layer, type(message)(message.value * share))
 
@@ -252,7 +253,7 @@ def test_statistics_of_batches_of_any_size() -> None:
             assert largest_difference(relevance, expected) < 1e-12
 
 
-@settings(max_examples=12, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, suppress_health_check=list(HealthCheck))  # pyright: ignore[reportArgumentType]
 @given(models())
 def test_drawn_models_with_other_batches(net: Net) -> None:
     model_fn, params, x = net.case()

@@ -172,6 +172,29 @@ class Attribution(Description, Generic[R]):
     # -- what users call
 
     @uncompiled
+    def prepare(self, *args: Any, target: Target = None, **kwargs: Any) -> None:
+        """Records the model function ahead of time: the first call with such arguments then takes as long as any other.
+
+        What takes longer than a second is told to the logger `lrpfunc`, at level `INFO`.
+
+        Args:
+            *args: Arguments like those of a later call: of the same shapes, or with `dynamic=True` of any. Numbers do
+                not matter, but where the model function reads them.
+            target: A target of the same kind.
+            **kwargs: Keyword arguments.
+
+        Example:
+            >>> import torch, lrpfunc as lrp
+            >>> relevance_fn = lrp.attribute(lambda w, x: x @ w, lrp.epsilon(), dynamic=True)
+            >>> relevance_fn.prepare(torch.eye(2), torch.zeros(3, 2), target=0)
+            >>> relevance_fn(torch.eye(2), torch.tensor([[1.0, 3.0], [2.0, 4.0]]), target=1)
+            tensor([[0.0000, 3.0000],
+                    [0.0000, 4.0000]])
+        """
+        target = plain(target)
+        self.forward(args, kwargs, form(target), tensors_of(target))
+
+    @uncompiled
     def bind(self, params: Any) -> BoundAttribution[R]:
         """Binds the first argument, and computes once what the rules make of it alone.
 

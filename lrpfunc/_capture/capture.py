@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from lrpfunc import _tree as tree
 from lrpfunc._capture.cache import Cache
 from lrpfunc._capture.environment import Environment
-from lrpfunc._capture.family import Family
+from lrpfunc._capture.family import Family, Opened
 from lrpfunc._capture.functional import functional
 from lrpfunc._capture.identity import describe_tensor
 from lrpfunc._capture.isolation import alone, isolated, surroundings
@@ -21,12 +22,13 @@ from lrpfunc._capture.program import Program
 from lrpfunc._capture.refused import check_tensor_type
 from lrpfunc._capture.shapes import layout
 from lrpfunc._capture.trace import Trace, trace
-from lrpfunc._capture.warned import subject_of, times
+from lrpfunc._capture.warned import name_of, times
 from lrpfunc._errors import CaptureWarning, warn
-from lrpfunc._torch import constant, has_open_sizes
+from lrpfunc._torch import constant, has_open_sizes, hint
 
 _SIZE = 128
 _ALTERNATIVES = 8  # programs for one key, which differ in numbers that were read out of tensors
+
 logger = logging.getLogger("lrpfunc")
 
 
@@ -70,13 +72,14 @@ def capture(
     loose = _loose(args, len(given)) if dynamic is not False else range(0)
     around = (reads.key, tuple(isinstance(leaf, Tensor) for leaf in leaves), spec, has_aux, inline, *surroundings())
     family = _family(around, given, loose)
-    key = None if any(map(has_open_sizes, given)) and family else (around, tuple(map(describe_tensor, given)))
+    is_open = family is not None and any(map(has_open_sizes, given))  # while a compiler traces
+    key = (around, None if is_open else tuple(map(describe_tensor, given)))
     recorded = _recorded  # what `clear_cache` begins anew gets no program that was recorded before
 
     def found() -> Program | None:
-        programs = key and recorded.exact.get(key)
-        program = next((p for p in programs or () if all_hold(p.numbers, read)), None)
-        return program or (family and family.found(given, read))
+        programs = recorded.exact.get(key) or ()
+        exact = next((program for program in programs if all_hold(program.numbers, read)), None)
+        return exact or (family and family.found(given, read))
 
     program = found()
     if program is None:
@@ -84,14 +87,15 @@ def capture(
         with alone():
             program = found()  # another thread may have been first
             if program is None:
-                recording = functools.partial(_record, model_fn, args, leaves, spec, has_aux, inline, reads, roots)
-                opened = family.opened(given, loose, dynamic is True) if family else {}
-                program, traced = (opened and _tried(recording, opened, family)) or recording({})
-                if traced.stable and program.shapes is not None:
+                record = functools.partial(_record, model_fn, args, leaves, spec, has_aux, inline, reads, roots)
+                program, traced = (family and family.recorded(record, given, dynamic is True)) or record({})
+                changed = traced.changed
+                if family and program.shapes is None:
+                    family.close()
+                if family and program.shapes and traced.stable:
                     family.add(program)
                 elif traced.stable:
                     recorded.exact.put(key, (program, *(recorded.exact.get(key) or ()))[:_ALTERNATIVES])
-                changed = traced.changed
         _warn(model_fn, reads.unknown, changed)
     constant(read[place] for number in program.numbers for place in number.places)
     return program, [*program.arranged(given), *program.enclosed(reads.tensors)]
@@ -111,7 +115,7 @@ def _family(around: Hashable, given: Sequence[Tensor], loose: Collection[int]) -
     )
     family = families.get(key)
     if family is None:
-        family = Family()
+        family = Family(loose)
         families.put(key, family)
     return family
 
@@ -131,33 +135,29 @@ def _record(
     inline: bool,
     reads: Environment,
     roots: Sequence[Any],
-    opened: Mapping[int, Collection[int]],
+    opened: Opened,
 ) -> tuple[Program, Trace]:
     """A program, recorded with these sizes open, and the trace that it was made of."""
+    started, name = time.perf_counter(), name_of(model_fn)
+    shapes = [_shape(leaf, opened.get(place, ())) for place, leaf in enumerate(filter(_is_tensor, leaves))]
+    data = ", ".join(shapes[_loose(args, len(shapes)).start :])
+    logger.info("recording %s for %s", name, data)
     traced = trace(model_fn, leaves, spec, has_aux, inline, reads, roots, opened)
     program = isolated(lambda: functional(traced))
     _name_inputs(program, args)
+    if (seconds := time.perf_counter() - started) > 1:
+        logger.info("recorded %s for %s in %.1f s", name, data, seconds)
     return program, traced
 
 
-def _tried(
-    recording: Callable[[Mapping[int, Collection[int]]], tuple[Program, Trace]],
-    opened: dict[int, list[int]],
-    family: Family,
-) -> tuple[Program, Trace] | None:
-    """The same, or `None` where it takes numbers for those sizes."""
-    try:
-        program, traced = recording(opened)
-    except Exception as error:  # of whatever kind: it comes again without open sizes, if it is about something else
-        logger.info("cannot be recorded with open sizes: %s: %s", type(error).__name__, error)
-    else:
-        closed = program.shapes.closed() if program.shapes else []
-        if closed:
-            logger.info("the recording closes %s of the sizes left open, as a loop in Python does", len(closed))
-        if len(closed) < sum(map(len, opened.values())):
-            return program, traced
-    family.close(opened)
-    return None
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)
+
+
+def _shape(tensor: Tensor, opened: Collection[int]) -> str:
+    """The sizes of a tensor, with a star for each that is left open."""
+    sizes = ("*" if d in opened else str(hint(size)) for d, size in enumerate(tensor.shape))
+    return f"({', '.join(sizes)})"
 
 
 def clear_cache() -> None:
@@ -192,9 +192,10 @@ def _warn(model_fn: Callable[..., Any], unknown: Sequence[str], changed: str | N
     # What changes once, such as a flag that is set at the first call, does no harm.
     if times(model_fn, name) != (1 if unknown else 2):
         return
-    subject = subject_of(model_fn)
-    what = getattr(subject, "co_qualname", type(subject).__name__)
-    text = f"the model function ({what}) is recorded anew at every call, which takes far longer than the call itself: "
+    text = (
+        f"the model function ({name_of(model_fn)}) is recorded anew at every call, which takes far longer than the "
+        "call itself: "
+    )
     if unknown:
         text += (
             f"it can read `{name}`, and what is in such an object cannot be seen, so that it may be another at each "

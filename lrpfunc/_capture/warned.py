@@ -34,3 +34,9 @@ def subject_of(model_fn: Any) -> Any:
         case types.FunctionType():
             return model_fn.__code__
     return model_fn
+
+
+def name_of(model_fn: Any) -> str:
+    """How a model function is called in a warning or a log: by the class of its module, or by its own name."""
+    subject = subject_of(model_fn)
+    return getattr(subject, "co_qualname", type(subject).__name__)

@@ -113,7 +113,7 @@ def _attempt(
     new: dict[fx.Node, Any] = {node: node for node in program.graph.nodes}
     copied: dict[fx.Node, fx.Node] = {}  # what a node of a later program was in the first
 
-    def origin(node: fx.Node) -> fx.Node:
+    def origin(node: fx.Node) -> Any:
         first = node.meta.get("piece_of", (node,))[0]
         return copied.get(first, first)
 

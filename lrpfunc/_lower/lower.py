@@ -56,7 +56,7 @@ def lower(
     """
     program = graph.program
     count = 0 if bound is None else bound.count
-    inputs = [*tensors[count:], *constant(rules.tensors)]
+    inputs: list[Any] = [*tensors[count:], *constant(rules.tensors)]
     exact = exact or reuse or any(map(is_differentiated, (*tensors[:count], *inputs, *given)))
     programs = _fitting_programs(graph, rules, tensors, (form, count, segments, exact, reuse))
     prepared = [] if bound is None else bound.prepared(programs, list(tensors[:count]))

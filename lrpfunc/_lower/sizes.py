@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
 
 from lrpfunc._capture.state import with_sizes
 from lrpfunc._torch import proxied
@@ -56,7 +57,7 @@ class Sizes:
         return self._known[expression]
 
 
-class _Tracer(fx.proxy.GraphAppendingTracer):
+class _Tracer(GraphAppendingTracer):
     """Adds what is done with proxies to a graph, and to a list."""
 
     def __init__(self, graph: fx.Graph, nodes: list[fx.Node]):

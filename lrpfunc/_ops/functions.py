@@ -197,8 +197,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def max_pool1d(x: Tensor, *arguments: Any) -> Tensor:
     """Torch's own, as the pooling of an image of one row."""
-    size, stride, padding, dilation, ceil = (*arguments, *((), [0], [1], False)[len(arguments) - 1 :])
-    rows = ([1, *size], [1, *(stride or size)], [0, *padding], [1, *dilation], ceil)
+    size, stride, padding, dilation, *ceil = (*arguments, *((), (0,), (1,))[len(arguments) - 1 :])
+    rows = ([1, *size], [1, *(stride or size)], [0, *padding], [1, *dilation], *ceil)
     return aten.max_pool2d.default(x.unsqueeze(-2), *rows).squeeze(-2)
 
 
