@@ -1,4 +1,5 @@
-"""The invariants, on models drawn at random: a few hundred cases by default, more than ten thousand with `-m slow`.
+"""The invariants, on models drawn at random: a few hundred cases by default, two thousand with `-m slow`, and more than
+ten thousand with `-m long`.
 
 A case is a model with a composite and a target. Recording a model takes most of the time, so that each is drawn with
 several composites and targets.
@@ -78,7 +79,7 @@ SEARCHES: dict[str, tuple[list[str], int, int, int]] = {
     "lowered": (["lowered_equals_walk"], 10, 60, 4),
     "compile": (["compiles"], 2, 34, 3),
 }
-"""The properties; how many models by default, in the slow profile, and how many composites each."""
+"""The properties; how many models by default, in the long profile, and how many composites each."""
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -87,15 +88,15 @@ def test_drawn_cases(name: str) -> None:
     search(properties, models_by_default, min(each, 4))()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("part", [pytest.param(5, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("families", [FAMILIES[:7], FAMILIES], ids=["plain", "all"])
 @pytest.mark.parametrize("name", SEARCHES)
-def test_many_drawn_cases(name: str, families: Sequence[str]) -> None:
+def test_many_drawn_cases(name: str, families: Sequence[str], part: int) -> None:
     properties, _, many, each = SEARCHES[name]
-    search(properties, many // 2, each, families)()
+    search(properties, -(-many // (2 * part)), each, families)()
 
 
-def test_the_slow_search_is_large() -> None:
+def test_the_long_search_is_large() -> None:
     counts = {name: many * each for name, (_, _, many, each) in SEARCHES.items()}
     assert sum(counts.values()) >= 10_000
     assert counts["compile"] >= 100
@@ -136,8 +137,13 @@ SERVED: dict[str, lrp.Selector] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RULES)
+FIRST = {type(rule): name for name, rule in reversed(RULES.items())}.values()
+"""One of each class, for the slow profile."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in FIRST else pytest.mark.long) for name in RULES]
+)
 def test_every_rule(name: str) -> None:
     rule = RULES[name]
     skip = ["linear_in_relevance"] if isinstance(rule, SIGNED) else []
