@@ -147,6 +147,11 @@ def python_code(expression: Any) -> str:
     return PythonPrinter().doprint(expression)
 
 
+def evaluated(expression: Any, sizes: dict[Any, int]) -> int:
+    """An expression of symbolic sizes, with numbers for its symbols."""
+    return int(expression.xreplace(sizes))
+
+
 def proxied(expression: Any, known: dict[Any, Any]) -> Any:
     """One step of an expression of symbolic sizes on proxies of a graph, for its arguments, or for itself."""
     from torch.utils._sympy.interp import _run_sympy_handler, sympy_interp

@@ -14,6 +14,7 @@ from lrpfunc._api.selected import named
 from lrpfunc._api.target import plain, start
 from lrpfunc._api.uncompiled import uncompiled
 from lrpfunc._errors import InputError
+from lrpfunc._walk.rows import chosen
 from lrpfunc.composites import Composite, Entry, as_composite
 from lrpfunc.rules._message import Relevance
 
@@ -352,7 +353,8 @@ def vjp(
         `(output, pullback)`, or `(output, pullback, aux)`. `pullback` takes starting relevance, a pytree of tensors
         like the output, or any other `target` of `attribute`, and returns what `attribute` does: relevance shaped like
         `primals[argnums]`, a tuple only for a tuple `argnums`, with `layers` that and the relevance there. Call it, or
-        `vmap` it, as often as you like.
+        `vmap` it, as often as you like. `pullback(target, rows=index)` walks back for the samples that `index` picks
+        alone: the target is theirs, as for `output[index]`, and so is the answer, shaped like `x[index]`.
 
     Example:
         >>> import torch, lrpfunc as lrp
@@ -367,13 +369,16 @@ def vjp(
     options = Options(argnums, has_aux, named(layers, model_fn), inline_functions, lowered, segments, argnames, dynamic)
     attribution = _attribution(model_fn, rules, options, with_value=False)
     forward = attribution.forward(primals, kwargs, Relevance, reuse=True)
-    outputs = [leaf for leaf in tree.leaves(forward.output) if isinstance(leaf, Tensor)]
 
     @uncompiled
-    def pullback(target: Any) -> Any:
-        messages = start(plain(target), forward.output)
+    def pullback(target: Any, *, rows: Any = None) -> Any:
+        picked = None if rows is None else chosen(rows, forward.output)
+        output = forward.output if picked is None else tree.map_only(Tensor, lambda t: t[picked], forward.output)
+        messages = start(plain(target), output)
         if not attribution.rules.cotangent:  # else what the start says of a multiplier is a cotangent
-            messages = [Relevance(m.relevance(output)) for m, output in zip(messages, outputs, strict=True)]
-        return forward.pull([Relevance(message.value) for message in messages])
+            leaves = [leaf for leaf in tree.leaves(output) if isinstance(leaf, Tensor)]
+            messages = [Relevance(m.relevance(leaf)) for m, leaf in zip(messages, leaves, strict=True)]
+        messages = [Relevance(message.value) for message in messages]
+        return forward.pull(messages) if picked is None else forward.rows(messages, picked)
 
     return (forward.output, pullback, forward.aux) if has_aux else (forward.output, pullback)

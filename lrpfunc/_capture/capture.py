@@ -77,6 +77,8 @@ def capture(
     recorded = _recorded  # what `clear_cache` begins anew gets no program that was recorded before
 
     def found() -> Program | None:
+        if family and dynamic is True and family.opened(given, True):
+            return family.found(given, read)
         programs = recorded.exact.get(key) or ()
         exact = next((program for program in programs if all_hold(program.numbers, read)), None)
         return exact or (family and family.found(given, read))

@@ -59,7 +59,7 @@ class Family:
             given: The tensors.
             always: Whether all are to be open, and not only those that have differed.
         """
-        opened = self._opened(given, always)
+        opened = self.opened(given, always)
         self._doubtful = {(place, d) for place, dims in opened.items() for d in dims}
         if not opened:
             return None
@@ -83,7 +83,7 @@ class Family:
         """Keeps a program for later."""
         self._programs = (program, *self._programs)[:_MANY]
 
-    def _opened(self, given: Sequence[Tensor], always: bool) -> Opened:
+    def opened(self, given: Sequence[Tensor], always: bool) -> Opened:
         """Which sizes the next recording should leave open."""
         first = self._first = self._first or [tuple(map(hint, tensor.shape)) for tensor in given]
         for place in self._loose:

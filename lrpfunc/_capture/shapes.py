@@ -73,6 +73,11 @@ class Shapes:
         """The value of each symbol, for these tensors."""
         return [given[place].shape[dim] for _, (place, dim) in self._symbols]
 
+    def batch(self, output: Tensor) -> Any:
+        """The symbol of the number of samples, `None` if that is fixed."""
+        size = output.shape[0] if output.ndim else 0
+        return size.node.expr if isinstance(size, torch.SymInt) and size.node.expr in self.symbols else None
+
     def fit(self, given: Sequence[Tensor]) -> bool:
         """Whether the program is right for the sizes of these tensors."""
         if not self._is_of_use:

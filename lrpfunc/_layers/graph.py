@@ -40,6 +40,7 @@ class Graph:
         selected: Where it does.
         assigned: Which rule serves which layer, for each composite.
         programs: The forward pass and the walk as flat programs, for each assignment.
+        apart: Of which assignments the walk for some samples alone is that for all, or is not.
         balanced: Of which assignments somebody has seen whether relevance explodes, or is lost.
     """
 
@@ -55,6 +56,7 @@ class Graph:
     selected: Sequence[Entry] = ()
     assigned: Cache[Any] = field(default_factory=lambda: Cache(16))
     programs: Cache[Any] = field(default_factory=lambda: Cache(16))
+    apart: Cache[bool] = field(default_factory=lambda: Cache(16))
     balanced: Cache[bool] = field(default_factory=lambda: Cache(16))
 
     @cached_property

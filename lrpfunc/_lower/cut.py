@@ -28,6 +28,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -46,12 +47,15 @@ class Programs:
         forward: From that and the other inputs to the outputs and what the walk needs.
         walk: From that and the start to relevance, with every derivative.
         frugal: The same without derivatives. It writes into tensors that are no longer needed.
+        saved: What the walk is given of the forward pass: a tensor without numbers like each, or the expression of an
+            open size.
     """
 
     prepare: fx.GraphModule
     forward: Callable[[list[Tensor]], tuple[Tensor, ...]]
     walk: Callable[[list[Tensor]], tuple[Tensor, ...]]
     frugal: Callable[[list[Tensor]], tuple[Tensor, ...]]
+    saved: list[Any]
 
 
 def cut(joint: Joint, bound: int, *, reuse: bool, exact: bool) -> Programs:
@@ -76,7 +80,8 @@ def cut(joint: Joint, bound: int, *, reuse: bool, exact: bool) -> Programs:
     walk = _program(joint, [*saved, *joint.start], late, joint.relevance) if exact else None
     reuse_memory(joint, first)
     frugal = _program(joint, [*saved, *joint.start], late, joint.relevance)
-    return Programs(prepare, forward.forward, (walk or frugal).forward, frugal.forward)
+    likes = [joint.sizes.get(node, node.meta.get("val")) for node in saved]
+    return Programs(prepare, forward.forward, (walk or frugal).forward, frugal.forward, likes)
 
 
 def _clones(joint: Joint, kept: set[fx.Node]) -> list[fx.Node]:

@@ -51,6 +51,7 @@ class Joint:
         relevance: What the walk is for.
         evaluated: Nodes of the forward pass, and what computes the same in the trace.
         constants: Tensors that the trace holds.
+        sizes: Nodes for open sizes, and what each is.
     """
 
     program: Program
@@ -63,6 +64,7 @@ class Joint:
     relevance: list[fx.Node] = field(default_factory=list)
     evaluated: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[fx.Node, Any] = field(default_factory=dict)
 
 
 def join(
@@ -96,10 +98,7 @@ def join(
     tensors = [graph.placeholder(f"rule_{i}") for i in range(len(placeholders) - len(leaves) - starts)]
     joint.inputs += [*tensors, *sizes.inputs]
     joint.early.update(joint.inputs)
-    given = [
-        forward[node] if place is None else graph.call_function(operator.getitem, (forward[node], place))
-        for node, place in leaves
-    ]
+    given = [forward[node] if place is None else _item(graph, forward[node], place) for node, place in leaves]
     joint.constants = dict(traced.constants)
     copies = dict(zip(placeholders, [*given, *joint.start, *tensors], strict=True))
     for node in traced.graph.nodes:
@@ -111,12 +110,19 @@ def join(
             if new.target is aten.copy.default:  # torch has no derivative of it
                 new.target = copied
     joint.early.update(sizes.nodes)
+    joint.sizes = sizes.expressions
     (output,) = (node for node in traced.graph.nodes if node.op == "output")
     results = [copies[node] for node in output.args[0]]
     joint.relevance = results[: len(results) - len(shared)]
     joint.evaluated = list(zip(map(forward.__getitem__, shared), results[len(joint.relevance) :], strict=True))
     returns(joint, (*joint.outputs, *results))
     return joint
+
+
+def _item(graph: fx.Graph, several: fx.Node, place: int) -> fx.Node:
+    item = graph.call_function(operator.getitem, (several, place))
+    item.meta["val"] = several.meta["val"][place]
+    return item
 
 
 _UNSPEAKABLE = ("overwrite", "fused")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ from lrpfunc._layers.layer import Layer
 from lrpfunc._lower.bound import Bound
 from lrpfunc._lower.cut import Programs, cut, recompute
 from lrpfunc._lower.joint import Joint, join
+from lrpfunc._lower.narrow import narrowed
 from lrpfunc._lower.passes import simplify
 from lrpfunc._lower.pieces import Elsewhere, pieced, repeats
 from lrpfunc._lower.retrace import Traced, retrace
 from lrpfunc._ops.call import of
 from lrpfunc._ops.functions import scaled_dot_product_attention
-from lrpfunc._torch import constant, is_differentiated, mapped_over, unseen, vjp
+from lrpfunc._torch import constant, has_numbers, is_differentiated, mapped_over, unseen, vjp
 from lrpfunc._walk.assign import Assignment
 from lrpfunc._walk.forward import Forward, on_numbers, relevance, walk
+from lrpfunc._walk.rows import alike, within_all
 from lrpfunc.rules._message import Message
 
 
@@ -77,7 +80,33 @@ def lower(
             saved.clear()  # so that the walk can free each tensor that it is past
         return graph.answer(walk(needed))
 
-    return Forward(output, aux, pull, program.is_random)
+    def rows(start: Sequence[Message], picked: Tensor) -> Any:
+        for_all = partial(within_all, graph, pull, output, start, picked)
+        values = [message.value for message in start]
+        known = graph.apart.get(rules.key)
+        part = _part(programs, graph, tensors, saved, picked) if reuse and known is not False else None
+        if part is None or not (known or has_numbers([*saved, *values, picked])):
+            return for_all()
+        walk = programs.frugal if _may_write(part, values) else programs.walk
+        answer = graph.answer(walk([*part, *values]))
+        if known is None:  # the first time both are done, and compared
+            graph.apart.put(rules.key, alike(answer, for_all()))
+            return for_all()
+        return answer
+
+    return Forward(output, aux, pull, rows, program.is_random)
+
+
+def _part(
+    programs: Programs, graph: Graph, tensors: Sequence[Tensor], saved: Sequence[Any], rows: Tensor
+) -> list[Any] | None:
+    """What the walk needs for some samples alone, if it can be told apart."""
+    shapes = graph.program.shapes
+    batch = None if shapes is None else shapes.batch(graph.program.outputs[0].meta["val"])
+    if shapes is None or batch is None or not len(rows):
+        return None
+    sizes = dict(zip(shapes.symbols, shapes.sizes(tensors), strict=True))
+    return narrowed(saved, programs.saved, batch, sizes, rows)
 
 
 class Unfit(Exception):
@@ -93,7 +122,13 @@ def fitting(forward: Forward, again: Callable[[], Forward]) -> Forward:
         except Unfit:
             return again().pull(start)
 
-    return replace(forward, pull=pull)
+    def rows(start: Sequence[Message], picked: Tensor) -> Any:
+        try:
+            return forward.rows(start, picked)
+        except Unfit:
+            return again().rows(start, picked)
+
+    return replace(forward, pull=pull, rows=rows)
 
 
 def _fitting_programs(

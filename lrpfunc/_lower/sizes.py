@@ -32,6 +32,11 @@ class Sizes:
         nodes: Those, and what is computed of them.
     """
 
+    @property
+    def expressions(self) -> dict[fx.Node, Any]:
+        """What each node computes."""
+        return {proxy.node: expression for expression, proxy in self._known.items() if isinstance(proxy, fx.Proxy)}
+
     def __init__(self, graph: fx.Graph, symbols: Sequence[Any]):
         self.inputs = [graph.placeholder(str(symbol)) for symbol in symbols]
         self.nodes = list(self.inputs)

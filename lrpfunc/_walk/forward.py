@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -13,6 +14,7 @@ from lrpfunc._layers.graph import Graph
 from lrpfunc._layers.layer import Layer
 from lrpfunc._walk.assign import Assignment
 from lrpfunc._walk.propagate import Observer, Step, propagate, take
+from lrpfunc._walk.rows import within_all
 from lrpfunc.rules._message import Message, Multiplier, add
 from lrpfunc.rules._rule import Rule
 
@@ -25,12 +27,14 @@ class Forward:
         output: What the model function returned.
         aux: Its auxiliary output.
         pull: From the messages at the tensors of the output to the answer.
+        rows: From the messages at some of the samples, and their places, to the answer for them.
         is_random: Whether another run draws other numbers.
     """
 
     output: Any
     aux: Any
     pull: Callable[[Sequence[Message]], Any]
+    rows: Callable[[Sequence[Message], Tensor], Any]
     is_random: bool
 
 
@@ -45,7 +49,7 @@ def op_by_op(graph: Graph, rules: Assignment, tensors: Sequence[Tensor]) -> Forw
 
     output = program.output([values[node] for node in program.outputs])
     aux = program.aux_output([values[node] for node in program.aux])
-    return Forward(output, aux, pull, program.is_random)
+    return Forward(output, aux, pull, partial(within_all, graph, pull, output), program.is_random)
 
 
 def walk(graph: Graph, rules: Assignment, start: Sequence[Message], step: Step) -> dict[fx.Node, list[Message]]:
