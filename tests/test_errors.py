@@ -37,7 +37,7 @@ def test_uncovered_layers_are_listed_with_the_line_to_write() -> None:
         "    softmax      softmax      (2, 4) -> (2, 4)\n\n"
         "Relevance would be lost or invented there. Add rules in front of yours, for example\n\n"
         "    rules = lrp.attn_lrp() + rules\n\n"
-        "The last, softmax, is the output: explain its logits instead, which say what speaks for a class and not only "
+        "The last, softmax, is the output. Explain its logits instead, which say what speaks for a class and not only "
         "how sure the model is. Let the model function return them:\n\n"
         "    return logits  # not logits.softmax(-1)"
     )

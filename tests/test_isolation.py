@@ -116,6 +116,7 @@ begun.wait()
 threading.Timer(1, go_on.set).start()
 child = os.fork()
 if child == 0:
+    torch.set_num_threads(1)  # two threads of a child that ask torch for its pool at once crash it
     assert torch._ops.mode_stack_state_for_pre_dispatch().count() == 0
     check()
     os._exit(0)
@@ -148,6 +149,7 @@ other.start()
 holds.wait()
 child = os.fork()
 if child == 0:
+    torch.set_num_threads(1)  # two threads of a child that ask torch for its pool at once crash it
     fn(x)
     os._exit(0)
 let_go.set()
@@ -166,6 +168,7 @@ FORKS = """
 def forks(x):
     child = os.fork()
     if child == 0:
+    torch.set_num_threads(1)  # two threads of a child that ask torch for its pool at once crash it
         os._exit(0)
     os.waitpid(child, 0)
     return x * 2
