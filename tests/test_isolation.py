@@ -168,7 +168,7 @@ FORKS = """
 def forks(x):
     child = os.fork()
     if child == 0:
-    torch.set_num_threads(1)  # two threads of a child that ask torch for its pool at once crash it
+        torch.set_num_threads(1)  # two threads of a child that ask torch for its pool at once crash it
         os._exit(0)
     os.waitpid(child, 0)
     return x * 2
