@@ -1,11 +1,12 @@
 """Layer-wise relevance propagation as a functional transform on torch.func."""
 
+from lrpfunc import losses
 from lrpfunc._api.explain import Explanation, Row, explain
 from lrpfunc._api.target import at, contrast, one_hot, predicted
 from lrpfunc._api.tokens import per_token
 from lrpfunc._api.transform import attribute, attribute_and_value, vjp
 from lrpfunc._capture.capture import clear_cache
-from lrpfunc._capture.module import from_module
+from lrpfunc._capture.module import from_module, update_buffers
 from lrpfunc._errors import (
     CaptureError,
     CaptureWarning,
@@ -166,11 +167,13 @@ __all__ = [
     "gradient",
     "guided_backprop",
     "last",
+    "losses",
     "mamba_lrp",
     "name",
     "one_hot",
     "operation",
     "per_token",
     "predicted",
+    "update_buffers",
     "vjp",
 ]

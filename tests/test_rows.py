@@ -146,3 +146,92 @@ def test_what_picks_no_samples() -> None:
     assert pullback(1, rows=[]).shape == (0, 8)
     with pytest.raises(lrp.InputError, match="the output has none"):
         lrp.vjp(lambda w, x: (x @ w).sum(), lrp.epsilon(), W, normal(8, 8))[1](None, rows=[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training question: a batch norm that learns, several attributions of parts of a batch beside the task loss
+
+
+class Dropped(nn.Module):
+    """A net with a batch norm and with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.drop, self.head = nn.Dropout(0.3), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(torch.nn.functional.avg_pool2d(self.norm(self.conv(x)).relu(), 2).flatten(1)))
+
+
+def plain_and_explained() -> tuple[nn.Module, nn.Module]:
+    return tuple(randomized(Dropped().double()).train() for _ in range(2))  # type: ignore[return-value]
+
+
+def test_training_on_several_attributions_of_one_forward_pass() -> None:
+    """With weight 0 for the attributions, parameters and running statistics are plain training's to the bit."""
+    x, labels, a, b = normal(8, 2, 8, 8), torch.arange(8) % 3, torch.tensor([0, 3, 5]), torch.tensor([1, 2])
+    mask = torch.ones(8, 1, 8, 8).double()
+    mask[..., 4:] = 0
+    plain, explained = plain_and_explained()
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=0.01) for module in (plain, explained)]
+    model_fn, params = lrp.from_module(explained, return_buffers=True)
+    for step in range(3):
+        losses = []
+        torch.manual_seed(step)
+        losses.append(nn.functional.cross_entropy(plain(x), labels))
+        torch.manual_seed(step)
+        output, pullback, buffers = lrp.vjp(model_fn, lrp.epsilon_plus(), params, x, has_aux=True)
+        one, other = pullback(lrp.one_hot(labels[a], value=1.0), rows=a), pullback(normal(2, 3, seed=step), rows=b)
+        assert one.shape == x[a].shape
+        penalty = lrp.losses.outside(one, mask[a]) + lrp.losses.sparsity(other)
+        losses.append(nn.functional.cross_entropy(output, labels) + 0.0 * penalty)
+        for optimizer, loss in zip(optimizers, losses, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        lrp.update_buffers(explained, buffers)
+        assert all(map(torch.equal, plain.state_dict().values(), explained.state_dict().values()))
+
+
+def test_the_gradient_of_the_whole_loss() -> None:
+    """It is what finite differences give, along a direction in all parameters."""
+    x, labels, a = normal(8, 2, 8, 8), torch.arange(8) % 3, torch.tensor([0, 3, 5])
+    mask = torch.ones(3, 1, 8, 8).double()
+    mask[..., 4:] = 0
+    module = randomized(Dropped().double()).train()
+    model_fn, params = lrp.from_module(module, return_buffers=True)
+    learned = {name: p.detach() for name, p in params.items() if p.requires_grad}
+    direction = {name: normal(*p.shape, seed=len(name)) for name, p in learned.items()}
+
+    def loss(t: Any) -> Tensor:
+        torch.manual_seed(0)
+        moved = params | {name: p + t * direction[name] for name, p in learned.items()}
+        output, pullback, _ = lrp.vjp(model_fn, lrp.epsilon_plus(0.1, stabilizer=0.1), moved, x, has_aux=True)
+        penalty = lrp.losses.outside(pullback(labels[a], rows=a), mask)
+        return nn.functional.cross_entropy(output, labels) + penalty
+
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(t), t)
+    assert abs(float(slope) - float(loss(1e-6) - loss(-1e-6)) / 2e-6) < 1e-6 * max(1.0, abs(float(slope)))
+
+
+def test_how_many_passes_a_step_takes() -> None:
+    """One forward pass of the model, and one walk for each attribution."""
+    x = normal(8, 8)
+
+    def model_fn(w: Tensor, x: Tensor) -> Tensor:
+        return torch.relu(x @ w)
+
+    forward = flops(lambda: model_fn(W, x))
+    _, pullback = lrp.vjp(model_fn, lrp.epsilon(), W, x)
+    assert flops(lambda: lrp.vjp(model_fn, lrp.epsilon(), W, x)) == forward
+    assert flops(lambda: [pullback(target) for target in range(3)]) == 3 * forward
+
+
+def test_buffers_that_do_not_fit() -> None:
+    norm = nn.BatchNorm1d(2)
+    with pytest.raises(lrp.InputError, match=r"BatchNorm1d has no buffer '0.running_mean': it has running_mean, "):
+        lrp.update_buffers(norm, {"0.running_mean": torch.zeros(2)})
+    with pytest.raises(lrp.InputError, match=r"has shape \(2,\), and is given one of shape \(3, 2\), as by vmap"):
+        lrp.update_buffers(norm, {"running_mean": torch.zeros(3, 2)})

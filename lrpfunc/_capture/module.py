@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from lrpfunc._capture.markers import current_recorder
 from lrpfunc._capture.refused import check_module
+from lrpfunc._errors import InputError
 
 
 def structural_copy(module: nn.Module) -> nn.Module:
@@ -119,3 +121,39 @@ def from_module(
     if frozen:
         params = {name: tensor.detach() for name, tensor in params.items()}
     return ModelFunction(module, output, return_buffers), params
+
+
+def update_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Writes the buffers that a forward pass has left behind into the module: its running statistics go on learning.
+
+    Args:
+        module: The module, whose buffers are written to in place.
+        buffers: The auxiliary output of a function that `from_module(module, return_buffers=True)` made.
+
+    Raises:
+        InputError: If the module has no such buffers.
+
+    Example:
+        >>> import torch, lrpfunc as lrp
+        >>> norm = torch.nn.BatchNorm1d(2).train()
+        >>> model_fn, params = lrp.from_module(norm, return_buffers=True)
+        >>> fn = lrp.attribute(model_fn, lrp.epsilon(), has_aux=True)
+        >>> relevance, buffers = fn(params, torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> lrp.update_buffers(norm, buffers)
+        >>> norm.running_mean
+        tensor([0.2000, 0.0000])
+    """
+    own = dict(module.named_buffers())
+    if unknown := sorted(buffers.keys() - own.keys()):
+        raise InputError(
+            f"{type(module).__name__} has no buffer {unknown[0]!r}: it has {', '.join(own) or 'none'}. Give the "
+            "buffers that belong to this very module, and not to one that contains it"
+        )
+    if wrong := [name for name, value in buffers.items() if value.shape != own[name].shape]:
+        raise InputError(
+            f"the buffer {wrong[0]!r} has shape {tuple(own[wrong[0]].shape)}, and is given one of shape "
+            f"{tuple(buffers[wrong[0]].shape)}, as by vmap over several forward passes: pick one of them"
+        )
+    with torch.no_grad():
+        for name, value in buffers.items():
+            own[name].copy_(value)
