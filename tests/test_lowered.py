@@ -346,7 +346,7 @@ def test_bind_shares_what_is_computed_under_a_mode(around: Any) -> None:
 
     with around:
         pass  # it remembers the mode before it, which is read like any attribute
-    bound = lrp.attribute(model_fn, lrp.epsilon(0.1)).bind(normal(4, 3).float())
+    bound = lrp.attribute(model_fn, lrp.epsilon(0.1), dynamic=False).bind(normal(4, 3).float())
     for size in range(1, 4):
         bound(normal(size, 4).float(), target=1)
     assert len(kept(bound)) == 3

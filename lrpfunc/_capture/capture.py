@@ -19,7 +19,7 @@ from lrpfunc._capture.identity import describe_tensor
 from lrpfunc._capture.isolation import alone, isolated, surroundings
 from lrpfunc._capture.numbers import all_hold
 from lrpfunc._capture.program import Program
-from lrpfunc._capture.refused import check_tensor_type
+from lrpfunc._capture.refused import check_tensor, check_tensor_type
 from lrpfunc._capture.shapes import layout
 from lrpfunc._capture.trace import Trace, trace
 from lrpfunc._capture.warned import name_of, times
@@ -108,18 +108,18 @@ def _family(around: Hashable, given: Sequence[Tensor], loose: Collection[int]) -
     if not loose:
         return None
     families = _recorded.families
-    key = (
-        around,
-        tuple(
-            (tensor.ndim, tensor.dtype, tensor.device, layout(tensor)) if place in loose else describe_tensor(tensor)
-            for place, tensor in enumerate(given)
-        ),
-    )
+    key = (around, *(_loosely(tensor) if i in loose else describe_tensor(tensor) for i, tensor in enumerate(given)))
     family = families.get(key)
     if family is None:
         family = Family(loose)
         families.put(key, family)
     return family
+
+
+def _loosely(tensor: Tensor) -> Hashable:
+    """What of a tensor with open sizes a recording can depend on."""
+    check_tensor(tensor)
+    return tensor.ndim, tensor.dtype, tensor.device, layout(tensor)
 
 
 def _loose(args: tuple[Any, ...], count: int) -> range:
