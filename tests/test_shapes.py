@@ -170,7 +170,7 @@ class Half(lrp.Rule):
 
     def propagate(self, layer: lrp.BoundLayer, message: Message) -> tuple[Message, ...]:
         share = 1 / int(layer.output.shape[0])
-        return lrp.Epsilon().propagate(layer, type(message)(message.value * share))
+        return lrp.Epsilon().propagate(layer, type(message)(message.value * share))  # pyright: ignore
 
 
 def test_a_rule_that_asks_for_a_number() -> None:
@@ -268,11 +268,12 @@ def test_a_compiled_function_of_any_size() -> None:
     model_fn, params, _ = made("attention")
     relevance_fn = lrp.attribute(model_fn, lrp.attn_lrp())
     compiled = torch.compile(relevance_fn, dynamic=True, backend="aot_eager", fullgraph=True)
-    counter = torch._dynamo.utils.counters["stats"]
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
     for batch, length in ((2, 5), (3, 7), (4, 6), (5, 9)):
         x = normal(batch, length, 8)
         assert largest_difference(compiled(params, x, target=1), relevance_fn(params, x, target=1)) < 1e-12
-    assert counter["unique_graphs"] <= 2
+    assert graphs["unique_graphs"] - before <= 2
 
 
 def test_an_exported_function_of_any_size() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, assert_type
 
 import torch
@@ -48,7 +47,7 @@ def test_the_value_is_the_models() -> None:
 def test_pullbacks_take_the_output() -> None:
     output, pullback = lrp.vjp(model_fn, lrp.epsilon(), PARAMS, X)
     assert_type(output, Tensor)
-    assert_type(pullback, Callable[[Any], Tensor])
+    assert_type(pullback(1, rows=[0]), Tensor)
     assert_type(pullback(1), Tensor)
     _, pullback, aux = lrp.vjp(with_aux, lrp.epsilon(), PARAMS, X, has_aux=True)
     assert_type(pullback(output), Tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 from torch import Tensor, nn
 
@@ -267,6 +267,12 @@ def _attribution(model_fn: Callable[..., Any], rules: Rules, options: Options, *
     return Attribution(model_fn, as_composite(rules), options, with_value)
 
 
+class Pullback(Protocol):
+    """Pulls relevance back through one forward pass."""
+
+    def __call__(self, target: Any, /, *, rows: Any = None) -> Tensor: ...
+
+
 @overload
 def vjp(
     model_fn: Callable[..., Output],
@@ -284,7 +290,7 @@ def vjp(
     argnames: None = None,
     dynamic: bool | None = None,
     **kwargs: Any,
-) -> tuple[Output, Callable[[Any], Tensor]]: ...
+) -> tuple[Output, Pullback]: ...
 @overload
 def vjp(
     model_fn: Callable[..., tuple[Output, Aux]],
@@ -302,7 +308,7 @@ def vjp(
     argnames: None = None,
     dynamic: bool | None = None,
     **kwargs: Any,
-) -> tuple[Output, Callable[[Any], Tensor], Aux]: ...
+) -> tuple[Output, Pullback, Aux]: ...
 @overload
 def vjp(
     model_fn: Callable[..., Any],
@@ -371,7 +377,7 @@ def vjp(
     forward = attribution.forward(primals, kwargs, Relevance, reuse=True)
 
     @uncompiled
-    def pullback(target: Any, *, rows: Any = None) -> Any:
+    def pullback(target: Any, /, *, rows: Any = None) -> Any:
         picked = None if rows is None else chosen(rows, forward.output)
         output = forward.output if picked is None else tree.map_only(Tensor, lambda t: t[picked], forward.output)
         messages = start(plain(target), output)

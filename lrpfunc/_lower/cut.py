@@ -40,7 +40,7 @@ from lrpfunc._torch import BoxedCodeGen, aten
 
 @dataclass(frozen=True, eq=False)
 class Programs:
-    """What a joint graph is cut into. Each takes a list of tensors, empties it, and returns a tuple.
+    """What a joint graph is cut into. Each takes a list of tensors, and of open sizes, empties it, and returns a tuple.
 
     Attributes:
         prepare: From the bound inputs to what the forward pass makes of them alone.
@@ -52,9 +52,9 @@ class Programs:
     """
 
     prepare: fx.GraphModule
-    forward: Callable[[list[Tensor]], tuple[Tensor, ...]]
-    walk: Callable[[list[Tensor]], tuple[Tensor, ...]]
-    frugal: Callable[[list[Tensor]], tuple[Tensor, ...]]
+    forward: Callable[[list[Any]], tuple[Tensor, ...]]
+    walk: Callable[[list[Any]], tuple[Tensor, ...]]
+    frugal: Callable[[list[Any]], tuple[Tensor, ...]]
     saved: list[Any]
 
 
