@@ -1,6 +1,6 @@
 """Layer-wise relevance propagation as a functional transform on torch.func."""
 
-from lrpfunc import losses
+from lrpfunc import losses as losses
 from lrpfunc._api.explain import Explanation, Row, explain
 from lrpfunc._api.target import at, contrast, one_hot, predicted
 from lrpfunc._api.tokens import per_token
@@ -167,7 +167,6 @@ __all__ = [
     "gradient",
     "guided_backprop",
     "last",
-    "losses",
     "mamba_lrp",
     "name",
     "one_hot",

@@ -49,7 +49,10 @@ def made(name: str, attention: str = "sdpa") -> tuple[Any, dict[str, Tensor]]:
     return model_fn, {key: value.detach() for key, value in params.items()}
 
 
-@pytest.mark.parametrize("name", NETS)
+ONE_FOR_EVERY_DAY = ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in NETS if name != "bert")]
+
+
+@pytest.mark.parametrize("name", ONE_FOR_EVERY_DAY)
 def test_every_module_is_answered(name: str) -> None:
     model_fn, params = made(name)
     relevance, layers = lrp.attribute(model_fn, lrp.attn_lrp(), layers="*")(params, IDS, target=1)
@@ -71,7 +74,7 @@ def test_every_module_is_answered(name: str) -> None:
     assert torch.allclose(layers[embedding[name]], expected)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", ONE_FOR_EVERY_DAY)
 def test_weights_and_heads_are_the_same_fused_and_written_out(name: str) -> None:
     nets = {attention: made(name, attention) for attention in ("eager", "sdpa")}
     path = {"gpt2": "transformer.h.0.attn", "bert": "bert.encoder.layer.0.attention.self"}

@@ -68,7 +68,9 @@ def numbered(joint: Joint, seen: dict[Any, int]) -> list[int]:
     return [numbers[node] for node in (*joint.outputs, *joint.relevance)]
 
 
-@pytest.mark.parametrize("place", range(len(EACH)))
+@pytest.mark.parametrize(
+    "place", [pytest.param(i, marks=[pytest.mark.slow] if i % 4 else []) for i in range(len(EACH))]
+)
 def test_it_is_the_walk_traced_in_one_go(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     models, model, rules = EACH[place]
     case, exact = models[model](), place % 2 == 0

@@ -72,11 +72,11 @@ OP_BY_OP = {name: {"lowered": False} for name in ("exact_derivatives", "vmap_equ
 """What is searched without lowering, which takes longer than the check; the programs are compared with the walk."""
 
 SEARCHES: dict[str, tuple[list[str], int, int, int]] = {
-    "derivatives": (["exact_derivatives"], 20, 240, 8),
-    "vmap": (["vmap_equals_loop", "samples_apart"], 12, 300, 8),
-    "balance": (["conservation", "linear_in_relevance", "pure"], 25, 600, 8),
-    "gradients": (["gradient_equivalence"], 15, 200, 6),
-    "lowered": (["lowered_equals_walk"], 10, 60, 4),
+    "derivatives": (["exact_derivatives"], 12, 240, 8),
+    "vmap": (["vmap_equals_loop", "samples_apart"], 8, 300, 8),
+    "balance": (["conservation", "linear_in_relevance", "pure"], 10, 600, 8),
+    "gradients": (["gradient_equivalence"], 6, 200, 6),
+    "lowered": (["lowered_equals_walk"], 6, 60, 4),
     "compile": (["compiles"], 2, 34, 3),
 }
 """The properties; how many models by default, in the long profile, and how many composites each."""

@@ -253,13 +253,14 @@ def test_statistics_of_batches_of_any_size() -> None:
             assert largest_difference(relevance, expected) < 1e-12
 
 
-@settings(max_examples=6, suppress_health_check=list(HealthCheck))  # pyright: ignore[reportArgumentType]
+@pytest.mark.slow
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))  # pyright: ignore[reportArgumentType]
 @given(models())
 def test_drawn_models_with_other_batches(net: Net) -> None:
     model_fn, params, x = net.case()
     rules = lrp.attn_lrp() + lrp.epsilon_plus_flat(0.1, stabilizer=0.1)
     one, each = (lrp.attribute(model_fn, rules, dynamic=dynamic) for dynamic in (True, False))
-    for batch in (x, torch.cat([x, x.flip(0) * 0.7]), torch.cat([x, x, -x])):
+    for batch in (torch.cat([x, x.flip(0) * 0.7]), torch.cat([x, x, -x])):
         found, expected = one(params, batch, target=0), each(params, batch, target=0)
         assert largest_difference(found, expected) < 1e-12
 

@@ -415,8 +415,8 @@ def contents(cache: Any) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
-@pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("kind", ["dynamic", "made for the model", "static"])
+@pytest.mark.parametrize("make", [llama, pytest.param(gpt2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["dynamic", pytest.param("made for the model", marks=pytest.mark.slow), "static"])
 def test_generation_step_by_step_over_a_cache(make: Any, kind: str) -> None:
     torch.manual_seed(0)
     module, embedding = make()

@@ -40,3 +40,7 @@ class Cache(Generic[T]):
             self._entries[key] = value
             while len(self._entries) > self._size:
                 self._entries.popitem(last=False)
+
+    def clear(self) -> None:
+        with _lock:
+            self._entries.clear()

@@ -183,7 +183,9 @@ def clear_cache() -> None:
         tensor([[3.]])
     """
     global _recorded
-    _recorded = _Recorded()
+    before, _recorded = _recorded, _Recorded()
+    before.exact.clear()  # a call that is under way may hold it
+    before.families.clear()
 
 
 def _warn(model_fn: Callable[..., Any], unknown: Sequence[str], changed: str | None) -> None:
