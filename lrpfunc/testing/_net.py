@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lrpfunc._torch import disable_current_modes, outside_transforms
 from lrpfunc.testing._code import Pasteable
 
 Params = dict[str, Tensor]
@@ -56,8 +57,10 @@ class Scope:
 
 @cache
 def _module(make: Callable[..., nn.Module], args: tuple[Any, ...], options: tuple[tuple[str, Any], ...]) -> nn.Module:
-    # Shared by all nets, so that equal nets are captured once. A net makes what it needs before it is first traced.
-    return make(*args, **dict(options), dtype=torch.float64).eval()
+    # Shared by all nets, so that equal nets are captured once; so it must be no tensor of whatever is under way when it
+    # is made. A net makes what it needs before it is first traced, but a cache may be emptied.
+    with disable_current_modes(), outside_transforms():
+        return make(*args, **dict(options), dtype=torch.float64).eval()
 
 
 def _drawn(path: str, shape: tuple[int, ...], seed: int) -> Tensor:
