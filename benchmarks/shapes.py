@@ -75,7 +75,7 @@ def convolutional(module: nn.Module) -> Sized:
     def images() -> Tensor:
         return torch.randn(random.randint(2, 9), 3, *2 * [8 * random.randint(8, 16)])
 
-    return Sized(model_fn, params, lrp.epsilon_plus(), {}, images)
+    return Sized(model_fn, params, lrp.attn_lrp() + lrp.epsilon_plus(), {}, images)
 
 
 MODELS: dict[str, Callable[[], Sized]] = {

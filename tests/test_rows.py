@@ -235,3 +235,40 @@ def test_buffers_that_do_not_fit() -> None:
         lrp.update_buffers(norm, {"0.running_mean": torch.zeros(2)})
     with pytest.raises(lrp.InputError, match=r"has shape \(2,\), and is given one of shape \(3, 2\), as by vmap"):
         lrp.update_buffers(norm, {"running_mean": torch.zeros(3, 2)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A first walk that proves nothing
+
+
+def test_all_rows_first_prove_nothing_of_some() -> None:
+    """Whoever asks for all samples sees none that relevance could have gone to."""
+    model_fn, params = lrp.from_module(randomized(made_to_train()).train(), return_buffers=True)
+    _, pullback, _ = lrp.vjp(model_fn, lrp.gradient(), params, normal(8, 2, 6, 6), has_aux=True, dynamic=True)
+    assert largest_difference(pullback(1, rows=slice(None)), pullback(1)) < 1e-12
+    for _ in range(2):
+        with pytest.raises(lrp.InputError, match="from one sample to another"):
+            pullback(1, rows=[0, 2])
+
+
+def test_a_start_of_zero_first_proves_nothing() -> None:
+    """The positions stand before the samples where both are in one dimension: their rows are not those of the walk."""
+
+    def model_fn(w: Tensor, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        rows = torch.relu(x.transpose(0, 1).reshape(length * batch, width))
+        return (rows @ w).reshape(length, batch, -1).sum(0)
+
+    x, rows = normal(8, 5, 8), [5, 0, 2]
+    output, pullback = lrp.vjp(model_fn, RULES["dense"], W, x, dynamic=True)
+    numbers, start = normal(3, 3, seed=4), torch.zeros_like(output)
+    start[rows] = numbers
+    assert not pullback(torch.zeros(3, 3).double(), rows=rows).any()
+    for _ in range(2):
+        assert largest_difference(pullback(numbers, rows=rows), pullback(start)[rows]) < 1e-12
+
+
+def test_data_whose_samples_do_not_stand_first() -> None:
+    _, pullback = lrp.vjp(lambda w, x: (x @ w).sum(0), lrp.attn_lrp(), W, normal(5, 4, 8))
+    with pytest.raises(lrp.InputError, match=r"(?s)the output has 4 samples.*shape \(5, 4, 8\).*transpose"):
+        pullback(1, rows=[0, 2])

@@ -28,7 +28,7 @@ from lrpfunc._ops.functions import scaled_dot_product_attention
 from lrpfunc._torch import constant, has_numbers, is_differentiated, mapped_over, unseen, vjp
 from lrpfunc._walk.assign import Assignment
 from lrpfunc._walk.forward import Forward, on_numbers, relevance, walk
-from lrpfunc._walk.rows import alike, within_all
+from lrpfunc._walk.rows import is_apart, within_all
 from lrpfunc.rules._message import Message
 
 
@@ -80,19 +80,20 @@ def lower(
             saved.clear()  # so that the walk can free each tensor that it is past
         return graph.answer(walk(needed))
 
-    def rows(start: Sequence[Message], picked: Tensor) -> Any:
-        for_all = partial(within_all, graph, pull, output, start, picked)
+    def narrow(start: Sequence[Message], picked: Tensor) -> Any:
+        part = _part(programs, graph, tensors, saved, picked)
+        if part is None:
+            return None
         values = [message.value for message in start]
-        known = graph.apart.get(rules.key)
-        part = _part(programs, graph, tensors, saved, picked) if reuse and known is not False else None
-        if part is None or not (known or has_numbers([*saved, *values, picked])):
-            return for_all()
         walk = programs.frugal if _may_write(part, values) else programs.walk
-        answer = graph.answer(walk([*part, *values]))
-        if known is None:  # the first time both are done, and compared
-            graph.apart.put(rules.key, alike(answer, for_all()))
-            return for_all()
-        return answer
+        return graph.answer(walk([*part, *values]))
+
+    def rows(start: Sequence[Message], picked: Tensor) -> Any:
+        whole = partial(within_all, graph, pull, output)
+        if reuse and graph.apart.get(rules.key) is None and has_numbers(saved):
+            graph.apart.put(rules.key, is_apart(narrow, whole, form, output))
+        answer = narrow(start, picked) if reuse and graph.apart.get(rules.key) else None
+        return whole(start, picked) if answer is None else answer
 
     return Forward(output, aux, pull, rows, program.is_random)
 

@@ -11,12 +11,14 @@ from torch import Tensor, fx
 from lrpfunc import _tree as tree
 from lrpfunc._errors import InputError
 from lrpfunc._layers.graph import Graph
-from lrpfunc._torch import has_numbers
+from lrpfunc._torch import has_numbers, outside_transforms
 from lrpfunc.rules._message import Message
 
 Pull = Callable[[Sequence[Message]], Any]
 TOLERANCE = 1e-6
 """How much of the largest relevance may reach samples that none started at."""
+ROUNDING = 1e-3
+"""How far the walk for some samples may be from that for all of them, in any precision; a wrong one is far away."""
 
 
 def chosen(rows: Any, output: Any) -> Tensor:
@@ -57,6 +59,12 @@ def of_rows(graph: Graph, answer: Any, rows: Tensor, count: int) -> Any:
     relevances, spec = tree.flatten(answer)
     found = dict(zip(graph.requested, (r for r in relevances if isinstance(r, Tensor)), strict=True))
     taps = set(graph.sources) - set(graph.starts)
+    if wrong := [r for node, r in found.items() if node in graph.starts and not (r.ndim and len(r) == count)]:
+        raise InputError(
+            f"rows= picks samples, the output has {count} samples in its first dimension, and what is explained has "
+            f"shape {tuple(wrong[0].shape)}. Let its samples stand first, for example\n\n"
+            "    lrpfunc.vjp(lambda params, x: model_fn(params, x.transpose(0, 1)), rules, params, x.transpose(0, 1))"
+        )
     samples = {node: r for node, r in found.items() if node not in taps and r.ndim and len(r) == count}
     _check_apart(samples, rows)
     picked = iter([r[rows] if node in samples else r for node, r in found.items()])
@@ -79,10 +87,37 @@ def _check_apart(samples: dict[fx.Node, Tensor], rows: Tensor) -> None:
                 )
 
 
-def alike(one: Any, other: Any) -> bool:
-    """Whether two answers are the same but for rounding."""
-    with torch.no_grad():
-        pairs = [(a, b) for a, b in zip(tree.leaves(one), tree.leaves(other), strict=True) if isinstance(a, Tensor)]
-        return all(
-            a.shape == b.shape and bool((a - b).abs().max() <= 1e-3 * b.abs().max()) for a, b in pairs if a.numel()
-        )
+def is_apart(
+    narrow: Callable[[Sequence[Message], Tensor], Any],
+    whole: Callable[[Sequence[Message], Tensor], Any],
+    form: type[Message],
+    output: Any,
+) -> bool:
+    """Whether the walk for some samples alone gives what that for all of them gives, seen on every other sample.
+
+    Relevance starts at random there: a target may start with zeros, and ask for samples that come last or for all.
+
+    Args:
+        narrow: From messages at some samples to the answer by their own walk; `None` if there is none.
+        whole: The same by the walk for all samples.
+        form: The form of the messages.
+        output: The output.
+    """
+    outputs = [leaf for leaf in tree.leaves(output) if isinstance(leaf, Tensor)]
+    picked = torch.arange(1, len(outputs[0]), 2, device=outputs[0].device)
+    generator = torch.Generator().manual_seed(0)  # so that nobody's random numbers are drawn
+    with outside_transforms(), torch.no_grad():
+        drawn = (torch.randn(leaf[picked].shape, generator=generator).to(leaf) for leaf in outputs)
+        start = [form(values) for values in drawn]  # type: ignore[call-arg]
+        if (found := narrow(start, picked)) is None:
+            return False
+        try:
+            expected = whole(start, picked)
+        except InputError:  # samples are mixed
+            return False
+        pairs = [(a, b) for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True) if a is not None]
+        return all(a.shape == b.shape and bool(b.any()) and _are_close(a, b) for a, b in pairs)
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().amax() <= ROUNDING * other.abs().amax())
