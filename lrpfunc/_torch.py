@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -70,26 +70,6 @@ functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIss
 T = TypeVar("T")
 
 
-def hashable(value: Any) -> Any:
-    """The arguments of a node as a dictionary's key."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(hashable, value))
-    if isinstance(value, dict):
-        return tuple((key, hashable(item)) for key, item in value.items())
-    return value if isinstance(value, fx.Node) else (type(value), repr(value))  # 1, 1.0 and True are not the same
-
-
-class OpenGraph(fx.Graph):
-    """A graph in which symbolic sizes may stand for arguments; torch's warns of each."""
-
-    def create_node(
-        self, op: str, target: Any, args: Any = None, kwargs: Any = None, name: Any = None, type_expr: Any = None
-    ) -> fx.Node:
-        node = super().create_node(op, target, (), {}, name, type_expr)
-        node.args, node.kwargs = args or (), kwargs or {}
-        return node
-
-
 def fake_mode(environment: Any = None) -> FakeTensorMode:
     """Where tensors without data are made for a recording; its symbolic sizes are those of the `environment`.
 
@@ -103,41 +83,19 @@ def fake_mode(environment: Any = None) -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
 
 
-def environment_of(tensors: Iterable[Any]) -> Any:
-    """What knows of the symbolic sizes of tensors without data, `None` if they have none."""
-    sizes = (size for tensor in tensors if isinstance(tensor, FakeTensor) for size in tensor.shape)
-    return next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
-
-
-def has_open_sizes(tensor: Tensor) -> bool:
-    """Whether some size is a symbol, of ours or of a compiler's."""
-    return any(isinstance(size, torch.SymInt) for size in tensor.shape)
-
-
-def hint(size: Any) -> Any:
-    """What an open size is where it was recorded; asking for it closes nothing."""
-    return size.node.hint if isinstance(size, torch.SymInt) else size
-
-
-def open_sizes(mode: FakeTensorMode, tensor: Tensor, dims: Collection[int], name: str) -> list[Any]:
+def open_sizes(mode: FakeTensorMode, sizes: Sequence[int], dims: Collection[int], name: str) -> list[Any]:
     """The sizes of a tensor, those in `dims` as new symbols."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-    kinds: Any = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(tensor.ndim)]
+    kinds: Any = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(len(sizes))]
     with mode:
-        like = torch.empty(tuple(map(hint, tensor.shape)), dtype=tensor.dtype, device=tensor.device)
+        like = torch.empty(tuple(sizes))
     environment: Any = mode.shape_env
-    sizes, _, _ = environment.create_symbolic_sizes_strides_storage_offset(
+    opened, _, _ = environment.create_symbolic_sizes_strides_storage_offset(
         like, ConstantSource(name), symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds)
     )
-    return list(sizes)
-
-
-def bounds_of(environment: Any, symbol: Any) -> tuple[int | None, int | None]:
-    """The least and the greatest value that a symbolic size may have."""
-    bounds = environment.var_to_range[symbol]
-    return tuple(int(end) if end.is_Integer else None for end in (bounds.lower, bounds.upper))  # type: ignore[return-value]
+    return list(opened)
 
 
 def python_code(expression: Any) -> str:
@@ -145,11 +103,6 @@ def python_code(expression: Any) -> str:
     from torch.utils._sympy.printers import PythonPrinter
 
     return PythonPrinter().doprint(expression)
-
-
-def evaluated(expression: Any, sizes: dict[Any, int]) -> int:
-    """An expression of symbolic sizes, with numbers for its symbols."""
-    return int(expression.xreplace(sizes))
 
 
 def proxied(expression: Any, known: dict[Any, Any]) -> Any:
@@ -285,14 +238,6 @@ def is_wrapped(tensor: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def has_numbers(tensors: Iterable[Any]) -> bool:
-    """Whether Python can read what is in the tensors: nothing transforms, traces or compiles."""
-    if torch.compiler.is_compiling() or dispatch_modes():
-        return False
-    given = [t for t in tensors if isinstance(t, Tensor)]
-    return all(type(t) in (Tensor, torch.nn.Parameter) and not (is_wrapped(t) or t.is_meta) for t in given)
-
-
 def is_differentiated(tensor: Any) -> bool:
     """Whether somebody may take derivatives with respect to `tensor`, by torch.func or by autograd."""
     if not isinstance(tensor, Tensor):  # a random generator
@@ -394,19 +339,6 @@ def grad_level() -> int:
     """How many `grad`, `vjp` and the like are running in this thread; others have no grad mode of their own."""
     stack = functorch.get_interpreter_stack() or ()
     return sum(interpreter.key() == functorch.TransformType.Grad for interpreter in stack)
-
-
-def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
-    """`torch.func.vjp` without an auxiliary output."""
-    output, pullback, *_ = torch.func.vjp(function, *primals)
-    return output, pullback
-
-
-def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
-    """The derivative in a direction, as the VJP of the VJP: more operations have that than forward derivatives."""
-    output, pullback = vjp(function, *primals)
-    cotangent = tree.map(torch.zeros_like, output)
-    return vjp(pullback, cotangent)[1](tangents)[0]
 
 
 def global_forward_hooks() -> Iterator[int]:

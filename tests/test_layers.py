@@ -375,6 +375,14 @@ def test_overwriting_gives_to_the_winner_only(f: Any) -> None:
     assert explanation.residual == 0
 
 
+def test_a_number_copied_into_a_number() -> None:
+    def f(x: Tensor) -> Tensor:
+        return x[0].index_copy(0, torch.tensor([0]), 2 * x[1]).reshape(1, 1)
+
+    x = normal(2).abs()
+    assert torch.allclose(lrp.attribute(f, argnums=0)(x, target=0), torch.stack([0 * x[0], 2 * x[1]]))
+
+
 def test_uniform_counts_places() -> None:
     x = normal(2, 3)
     for f in (lambda x: x.mm(x.T).diagonal(), lambda x: torch.einsum("ij,ij->ij", x, x)):

@@ -106,6 +106,18 @@ def test_a_number_read_from_a_tensor_is_read_again() -> None:
     assert not torch.allclose(relevance_fn(None, x), passed)
 
 
+def test_a_rule_that_reads_numbers_is_refused() -> None:
+    reading = [
+        lambda layer, message: message.value if message.value.sum() > 0 else -message.value,
+        lambda layer, message: message.value[:, int(layer.input.sum(0).argmax())].unsqueeze(1).expand(2, 3),
+    ]
+    for function in reading:
+        rules = [(lrp.Activation, Written(function))]
+        with pytest.raises(lrp.RuleError, match=r"(?s)depends on the numbers inside a tensor.*lowered=False"):
+            lrp.attribute(lambda _, x: x.relu(), rules)(None, normal(2, 3))
+        lrp.attribute(lambda _, x: x.relu(), rules, lowered=False)(None, normal(2, 3))
+
+
 def without_gradients(layer: Any, message: Any) -> Tensor:
     with torch.no_grad():
         doubled = layer.input * 2

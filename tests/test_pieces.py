@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 import lrpfunc as lrp
 from lrpfunc._lower import lower, pieces
 from lrpfunc._lower.joint import Joint, Written
-from lrpfunc._torch import hashable, map_arg
+from lrpfunc._ops.symbols import hashable
+from lrpfunc._torch import map_arg
 from lrpfunc.rules._message import Multiplier
 from tests.cases import (
     ATTENTION_CASES,

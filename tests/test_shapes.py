@@ -47,6 +47,25 @@ def convolutional() -> nn.Module:
     )
 
 
+class ChannelsLast(nn.Module):
+    """Convolutions by depth around a layer norm over channels, as in ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depth = nn.Conv2d(2, 4, 2, stride=2), nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.norm, self.up, self.last = nn.LayerNorm(4), nn.Linear(4, 6), nn.LayerNorm(6)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Flatten(1), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depth(self.stem(x)).permute(0, 2, 3, 1)
+        pooled = self.pool(F.gelu(self.up(self.norm(y))).permute(0, 3, 1, 2))
+        return self.head(self.last(pooled.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def channels_last() -> nn.Module:
+    return ChannelsLast()
+
+
 def attention() -> nn.Module:
     return Attention()
 
@@ -58,6 +77,7 @@ def dense() -> nn.Module:
 NETS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
     "dense": (dense, [(3, 8), (5, 8), (2, 8), (7, 8)]),
     "attention": (attention, [(2, 5, 8), (2, 7, 8), (2, 3, 8), (4, 9, 8), (3, 4, 8)]),
+    "channels last": (channels_last, [(2, 2, 8, 8), (5, 2, 8, 8), (3, 2, 8, 8), (3, 2, 12, 10), (4, 2, 10, 12)]),
     "convolutional": (convolutional, [(2, 2, 8, 8), (5, 2, 8, 8), (3, 2, 8, 8), (3, 2, 12, 10), (4, 2, 9, 11)]),
 }
 
@@ -86,6 +106,16 @@ def test_a_program_for_all_sizes_equals_one_for_each(name: str, rules: lrp.Compo
         )
         for one in derivatives:
             assert max(largest_difference(one[key], derivative[key]) for key in derivative) < 1e-11
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_few_recordings_serve_every_size(name: str, recordings: list[int]) -> None:
+    """One for the first sizes, and one more for each time that another dimension differs."""
+    model_fn, params, sizes = made(name)
+    relevance_fn = lrp.attribute(model_fn, lrp.attn_lrp() + lrp.epsilon_plus())
+    for seed, size in enumerate(sizes):
+        relevance_fn(params, normal(*size, seed=seed), target=1)
+    assert len(recordings) == (2 if name == "dense" else 3)
 
 
 @pytest.mark.parametrize("dynamic", [None, True, False])

@@ -84,6 +84,7 @@ class Attribution(Description, Generic[R]):
         *,
         bound: Bound | None = None,
         reuse: bool = False,
+        is_open: bool = True,
     ) -> Forward:
         """The forward pass, run, and the walk back from it. Each step is cached on what the one before it gives.
 
@@ -94,15 +95,18 @@ class Attribution(Description, Generic[R]):
             given: The tensors, if they are known, that those are made of.
             bound: The first of the arguments, if it is bound.
             reuse: Whether the walk will be taken several times.
+            is_open: Whether sizes may be open, as the options say.
         """
         options = self.options
         if not options.lowered:
             graph, rules, tensors = self.assigned(args, kwargs)
             return watched(op_by_op(graph, rules, tensors), graph, rules, tensors, self.model_fn)
-        graph, rules, tensors = self.assigned(args, kwargs, options.dynamic)
+        graph, rules, tensors = self.assigned(args, kwargs, options.dynamic if is_open else False)
         # A function may make relevance to differentiate of what is not; the forward pass cannot then be run again.
         exact = graph.program.is_random and form is Relevance
-        again = functools.partial(self.forward, args, kwargs, form, given, bound=bound, reuse=reuse)
+        again = functools.partial(
+            self.forward, args, kwargs, form, given, bound=bound, reuse=reuse, is_open=False
+        )  # once: a function that is recorded anew at each call learns nothing of what went wrong
         try:
             forward = lower(
                 graph, rules, tensors, form, given, bound=bound, segments=options.segments, reuse=reuse, exact=exact

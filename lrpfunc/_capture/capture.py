@@ -21,10 +21,11 @@ from lrpfunc._capture.numbers import all_hold
 from lrpfunc._capture.program import Program
 from lrpfunc._capture.refused import check_tensor, check_tensor_type
 from lrpfunc._capture.shapes import layout
-from lrpfunc._capture.trace import Trace, trace
+from lrpfunc._capture.trace import Call, Trace, trace
 from lrpfunc._capture.warned import name_of, times
 from lrpfunc._errors import CaptureWarning, warn
-from lrpfunc._torch import constant, has_open_sizes, hint
+from lrpfunc._ops.symbols import has_open_sizes, hint
+from lrpfunc._torch import constant
 
 _SIZE = 128
 _ALTERNATIVES = 8  # programs for one key, which differ in numbers that were read out of tensors
@@ -65,60 +66,105 @@ def capture(
     leaves, spec = tree.flatten((args, kwargs))
     roots = [model_fn, *(leaf for leaf in leaves if not isinstance(leaf, Tensor)), *tree.foreign(spec)]
     reads = Environment(*roots)
-    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    call = Call(model_fn, leaves, spec, has_aux, inline, reads, roots)
+    given = call.given
     for kind in {type(tensor) for tensor in (*given, *reads.tensors)}:
         check_tensor_type(kind)
-    read = [None, *reads.tensors, *given]  # in the order of a trace's placeholders
-    loose = _loose(args, len(given)) if dynamic is not False else range(0)
     around = (reads.key, tuple(isinstance(leaf, Tensor) for leaf in leaves), spec, has_aux, inline, *surroundings())
-    family = _family(around, given, loose)
-    is_open = family is not None and any(map(has_open_sizes, given))  # while a compiler traces
-    key = (around, None if is_open else tuple(map(describe_tensor, given)))
+    loose = _loose(args, len(given)) if dynamic is not False else range(0)
     recorded = _recorded  # what `clear_cache` begins anew gets no program that was recorded before
-
-    def found() -> Program | None:
-        if family and dynamic is True and family.opened(given, True):
-            return family.found(given, read)
-        programs = recorded.exact.get(key) or ()
-        exact = next((program for program in programs if all_hold(program.numbers, read)), None)
-        return exact or (family and family.found(given, read))
-
-    program = found()
+    look = _Look(recorded, around, given, [None, *reads.tensors, *given], loose, dynamic is True)
+    program = look.found()
     if program is None:
         changed = None
         with alone():
-            program = found()  # another thread may have been first
+            program = look.found()  # another thread may have been first
             if program is None:
-                record = functools.partial(_record, model_fn, args, leaves, spec, has_aux, inline, reads, roots)
-                program, traced = (family and family.recorded(record, given, dynamic is True)) or record({})
+                program, traced = look.recorded(functools.partial(_record, call, args))
                 changed = traced.changed
-                if family and program.shapes is None:
-                    family.close()
-                if family and program.shapes and traced.stable:
-                    family.add(program)
-                elif traced.stable:
-                    recorded.exact.put(key, (program, *(recorded.exact.get(key) or ()))[:_ALTERNATIVES])
         _warn(model_fn, reads.unknown, changed)
-    constant(read[place] for number in program.numbers for place in number.places)
+    constant(look.read[place] for number in program.numbers for place in number.places)
     return program, [*program.arranged(given), *program.enclosed(reads.tensors)]
 
 
-def _family(around: Hashable, given: Sequence[Tensor], loose: Collection[int]) -> Family | None:
-    """The programs for arguments that differ from these in the sizes of those that are loose."""
-    if not loose:
-        return None
-    families = _recorded.families
-    key = (around, *(_loosely(tensor) if i in loose else describe_tensor(tensor) for i, tensor in enumerate(given)))
-    family = families.get(key)
-    if family is None:
-        family = Family(loose)
-        families.put(key, family)
-    return family
+class _Look:
+    """A look for the program that serves a call.
+
+    Args:
+        cache: Where programs are kept.
+        around: What they depend on beside the tensors.
+        given: The tensors.
+        read: What numbers may have been read from, in the order of a trace's placeholders.
+        loose: The places of the tensors that may have open sizes.
+        always: Whether all of these are open at once.
+    """
+
+    def __init__(
+        self,
+        cache: _Recorded,
+        around: Hashable,
+        given: Sequence[Tensor],
+        read: Sequence[Tensor | None],
+        loose: Collection[int],
+        always: bool,
+    ):
+        self._cache, self._around, self._given, self.read = cache, around, given, read
+        self._loose, self._always = loose, always
+        open_now = {place for place in loose if _is_open(given[place])}  # while a compiler traces
+        self._described = [None if i in open_now else describe_tensor(tensor) for i, tensor in enumerate(given)]
+        self._exact = None if open_now else (around, tuple(self._described))
+
+    @functools.cached_property
+    def _family(self) -> Family | None:
+        """The programs for arguments that differ from these in the sizes of those that are loose."""
+        if not self._loose:
+            return None
+        described = (
+            _loosely(tensor) if place in self._loose else self._described[place]
+            for place, tensor in enumerate(self._given)
+        )
+        key = (self._around, self._always, *described)
+        family = self._cache.families.get(key)
+        if family is None:
+            family = Family(self._loose, self._always)
+            self._cache.families.put(key, family)
+        return family
+
+    def found(self) -> Program | None:
+        """The program, if there is one. One for certain sizes is of no use to who wants them open."""
+        if not self._always and (exact := self._found_exact()):
+            return exact
+        family = self._family
+        program = family and family.found(self._given, self.read)
+        if program is None and self._always and not (family and family.opened(self._given)):
+            return self._found_exact()
+        return program
+
+    def _found_exact(self) -> Program | None:
+        programs = self._exact and self._cache.exact.get(self._exact)
+        return next((program for program in programs or () if all_hold(program.numbers, self.read)), None)
+
+    def recorded(self, record: Callable[[Opened], tuple[Program, Trace]]) -> tuple[Program, Trace]:
+        """A new program, which is kept if it may be."""
+        family = self._family
+        program, traced = (family and family.recorded(record, self._given)) or record({})
+        if family and program.shapes is None:
+            family.close()
+        if family and program.shapes and traced.stable:
+            family.add(program)
+        elif traced.stable:
+            key = self._exact or (self._around, tuple(map(describe_tensor, self._given)))
+            self._cache.exact.put(key, (program, *(self._cache.exact.get(key) or ()))[:_ALTERNATIVES])
+        return program, traced
+
+
+def _is_open(tensor: Tensor) -> bool:
+    check_tensor(tensor)  # of which some have no sizes
+    return has_open_sizes(tensor)
 
 
 def _loosely(tensor: Tensor) -> Hashable:
     """What of a tensor with open sizes a recording can depend on."""
-    check_tensor(tensor)
     return tensor.ndim, tensor.dtype, tensor.device, layout(tensor)
 
 
@@ -128,32 +174,17 @@ def _loose(args: tuple[Any, ...], count: int) -> range:
     return range(parameters % count if count else 0, count)
 
 
-def _record(
-    model_fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    leaves: list[Any],
-    spec: Any,
-    has_aux: bool,
-    inline: bool,
-    reads: Environment,
-    roots: Sequence[Any],
-    opened: Opened,
-) -> tuple[Program, Trace]:
+def _record(call: Call, args: tuple[Any, ...], opened: Opened) -> tuple[Program, Trace]:
     """A program, recorded with these sizes open, and the trace that it was made of."""
-    started, name = time.perf_counter(), name_of(model_fn)
-    shapes = [_shape(leaf, opened.get(place, ())) for place, leaf in enumerate(filter(_is_tensor, leaves))]
-    data = ", ".join(shapes[_loose(args, len(shapes)).start :])
+    started, name = time.perf_counter(), name_of(call.model_fn)
+    data = ", ".join(_shape(call.given[i], opened.get(i, ())) for i in _loose(args, len(call.given)))
     logger.info("recording %s for %s", name, data)
-    traced = trace(model_fn, leaves, spec, has_aux, inline, reads, roots, opened)
+    traced = trace(call, opened)
     program = isolated(lambda: functional(traced))
     _name_inputs(program, args)
     if (seconds := time.perf_counter() - started) > 1:
         logger.info("recorded %s for %s in %.1f s", name, data, seconds)
     return program, traced
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
 
 
 def _shape(tensor: Tensor, opened: Collection[int]) -> str:

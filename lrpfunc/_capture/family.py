@@ -12,7 +12,7 @@ from lrpfunc._capture.numbers import all_hold
 from lrpfunc._capture.program import Program
 from lrpfunc._capture.shapes import Dim
 from lrpfunc._capture.trace import Trace
-from lrpfunc._torch import hint
+from lrpfunc._ops.symbols import hint
 
 _MANY = 8
 
@@ -34,10 +34,11 @@ class Family:
 
     Args:
         loose: The places of the tensors that may have open sizes.
+        always: Whether all of these are open at once, and not only those that have differed.
     """
 
-    def __init__(self, loose: Collection[int]) -> None:
-        self._loose = loose
+    def __init__(self, loose: Collection[int], always: bool) -> None:
+        self._loose, self._always = loose, always
         self._programs: tuple[Program, ...] = ()
         self._first: list[Sequence[int]] = []
         self._open: set[Dim] = set()
@@ -50,16 +51,15 @@ class Family:
         return next((program for program in fitting if all_hold(program.numbers, tensors)), None)
 
     def recorded(
-        self, record: Callable[[Opened], tuple[Program, Trace]], given: Sequence[Tensor], always: bool
+        self, record: Callable[[Opened], tuple[Program, Trace]], given: Sequence[Tensor]
     ) -> tuple[Program, Trace] | None:
         """A program that leaves sizes open, or `None` if that makes none that would serve others.
 
         Args:
             record: Records the function with those sizes open.
             given: The tensors.
-            always: Whether all are to be open, and not only those that have differed.
         """
-        opened = self.opened(given, always)
+        opened = self.opened(given)
         self._doubtful = {(place, d) for place, dims in opened.items() for d in dims}
         if not opened:
             return None
@@ -83,12 +83,12 @@ class Family:
         """Keeps a program for later."""
         self._programs = (program, *self._programs)[:_MANY]
 
-    def opened(self, given: Sequence[Tensor], always: bool) -> Opened:
+    def opened(self, given: Sequence[Tensor]) -> Opened:
         """Which sizes the next recording should leave open."""
         first = self._first = self._first or [tuple(map(hint, tensor.shape)) for tensor in given]
         for place in self._loose:
             for d, (now, before) in enumerate(zip(given[place].shape, first[place], strict=True)):
-                if always or isinstance(now, torch.SymInt) or now != before:
+                if self._always or isinstance(now, torch.SymInt) or now != before:
                     self._open.add((place, d))
         for program in self._programs:
             self._closed |= set(program.shapes.closed() if program.shapes else ())

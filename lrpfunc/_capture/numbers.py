@@ -18,8 +18,9 @@ on the real `scale`. It is part of the program, which is used again only where t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -29,8 +30,10 @@ from lrpfunc._ops.call import is_random, operation_name
 from lrpfunc._torch import (
     FakeTensor,
     disable_current_modes,
+    dispatch_modes,
     innermost,
     is_mapped,
+    is_wrapped,
     origin,
     outside_transforms,
     schema,
@@ -38,6 +41,14 @@ from lrpfunc._torch import (
 )
 
 _WRITES_UNDECLARED = ("batch_norm", "instance_norm")
+
+
+def has_numbers(tensors: Iterable[Any]) -> bool:
+    """Whether Python can read what is in the tensors: nothing transforms, traces or compiles."""
+    if torch.compiler.is_compiling() or dispatch_modes():
+        return False
+    given = [t for t in tensors if isinstance(t, Tensor)]
+    return all(type(t) in (Tensor, torch.nn.Parameter) and not (is_wrapped(t) or t.is_meta) for t in given)
 
 
 @dataclass(frozen=True, eq=False)

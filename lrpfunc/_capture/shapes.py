@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfunc._torch import FakeTensorMode, bounds_of, map_arg, open_sizes, python_code
+from lrpfunc._ops.symbols import bounds_of, hint
+from lrpfunc._torch import FakeTensorMode, map_arg, open_sizes, python_code
 
 logger = logging.getLogger("lrpfunc")
 
@@ -61,7 +62,7 @@ class Shapes:
     def open(self, place: int, like: Tensor, dims: Collection[int]) -> Tensor:
         """A tensor without data like the one at a place, in whose `dims` the sizes are symbols."""
         order = layout(like)
-        sizes = open_sizes(self._mode, like, dims, f"given_{place}")
+        sizes = open_sizes(self._mode, [hint(size) for size in like.shape], dims, f"given_{place}")
         with self._mode:
             dense = torch.empty([sizes[d] for d in order], dtype=like.dtype, device=like.device)
         fake = dense.permute([order.index(d) for d in range(like.ndim)])

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from lrpfunc._capture.program import is_float
 from lrpfunc._errors import CaptureError
 from lrpfunc._ops.functions import assigned, overwrite
-from lrpfunc._torch import OpenGraph, aten, map_aggregate, map_arg
+from lrpfunc._ops.symbols import OpenGraph
+from lrpfunc._torch import aten, map_aggregate, map_arg
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import types
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -67,6 +68,34 @@ class Trace:
         return sum(sum(marked) for _, _, marked, _ in self.events)
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What is recorded: a call of a model function.
+
+    Attributes:
+        model_fn: The function.
+        leaves: The leaves of its arguments.
+        spec: Their structure.
+        has_aux: Whether it returns `(output, aux)`.
+        inline: Whether a custom `autograd.Function` is taken for the operations of its forward.
+        reads: What it read when the program was looked for.
+        roots: What that was read from.
+    """
+
+    model_fn: Callable[..., Any]
+    leaves: list[Any]
+    spec: Any
+    has_aux: bool
+    inline: bool
+    reads: Environment
+    roots: Sequence[Any]
+
+    @cached_property
+    def given(self) -> list[Tensor]:
+        """The tensors among the leaves."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+
 _Traced = tuple[fx.GraphModule, list[Any], dict[str, Any], Watch]
 
 
@@ -79,28 +108,26 @@ def fake_like(tensor_keys: Sequence[Any], mode: FakeTensorMode) -> list[Tensor]:
 
 
 def _trace(
-    model_fn: Callable[..., Any],
-    leaves: list[Any],
-    spec: Any,
-    has_aux: bool,
+    recorded: Call,
+    open_dims: Mapping[int, Collection[int]],
     custom: dict[types.CodeType, str],
-    closed: Sequence[Tensor],
-    known: Sequence[Tensor | None],
     before_dispatch: bool,
     made: list[weakref.ref[Tensor]],
     mode: FakeTensorMode,
     before: Environment,
-    given: Sequence[Tensor],
-    open_dims: Mapping[int, Collection[int]],
 ) -> _Traced:
+    closed, given = recorded.reads.tensors, recorded.given
+    # Numbers in what can be explained are none that a program may be for.
+    known = [None if _is_continuous(tensor) else tensor for tensor in given]
     found: dict[str, Any] = {}
 
     def call(tensors: list[Tensor]) -> list[Any]:
-        given = iter(tensors)
-        args, kwargs = tree.unflatten([next(given) if leaf is None else leaf[0] for leaf in leaves], spec)
-        output = model_fn(*args, **kwargs)
+        fakes = iter(tensors)
+        leaves = [next(fakes) if isinstance(leaf, Tensor) else leaf for leaf in recorded.leaves]
+        args, kwargs = tree.unflatten(leaves, recorded.spec)
+        output = recorded.model_fn(*args, **kwargs)
         aux = None
-        if has_aux:
+        if recorded.has_aux:
             if not (isinstance(output, tuple) and len(output) == 2):
                 raise TypeError(
                     f"with has_aux=True the model function must return a pair (output, aux), not "
@@ -188,60 +215,26 @@ VALUE_DEPENDENT = (
 )
 
 
-def trace(
-    model_fn: Callable[..., Any],
-    leaves: list[Any],
-    spec: Any,
-    has_aux: bool,
-    inline: bool,
-    reads: Environment,
-    roots: Sequence[Any],
-    open_dims: Mapping[int, Collection[int]] | None = None,
-) -> Trace:
+def trace(recorded: Call, open_dims: Mapping[int, Collection[int]]) -> Trace:
     """Runs the model function on fake tensors, where it does nothing but to be recorded.
 
     Args:
-        model_fn: The function.
-        leaves: The leaves of its arguments.
-        spec: Their structure.
-        has_aux: Whether it returns `(output, aux)`.
-        inline: Whether a custom `autograd.Function` is taken for the operations of its forward.
-        reads: What it read when the program was looked for.
-        roots: What that was read from.
-        open_dims: Which sizes of which of the tensors among the leaves are left open.
+        recorded: The call.
+        open_dims: Which sizes of which of its tensors are left open.
     """
-    closed = reads.tensors
+    reads, roots = recorded.reads, recorded.roots
     before = Environment(*roots, transformed=True, remember=True)
     undo = restoring(roots[1:]), restoring_scripts(before.met())
-    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    static = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-    # Numbers in what can be explained are none that a program may be for.
-    known = [None if _is_continuous(leaf) else leaf for leaf in given]
     made: list[weakref.ref[Tensor]] = []
 
     def attempt(before_dispatch: bool, again: bool = False) -> _Traced | None:
-        custom = {} if inline else custom_functions()
+        custom = {} if recorded.inline else custom_functions()
         mode = fake_mode()
         is_own = functools.partial(is_fake, mode=mode)
 
         def once() -> _Traced | None:
             try:
-                traced = _trace(
-                    *(
-                        model_fn,
-                        static,
-                        spec,
-                        has_aux,
-                        custom,
-                        closed,
-                        known,
-                        before_dispatch,
-                        made,
-                        mode,
-                        before,
-                    ),
-                    *(given, open_dims or {}),
-                )
+                traced = _trace(recorded, open_dims, custom, before_dispatch, made, mode, before)
             except BeginsTransform:
                 return None  # the exception would keep what the trace has made
             return None if before_dispatch and traced[-1].has_transforms else traced
@@ -259,7 +252,7 @@ def trace(
                 forget_cached(is_own)
         if result is not None and all(leaf is None or leaf[0] is None for leaf in result[2]["outputs"].leaves):
             _check_nothing_is_left(made)  # an object among the outputs holds its tensors, and is refused later
-        if not (inline or again or custom_functions().keys() <= custom.keys()):
+        if not (recorded.inline or again or custom_functions().keys() <= custom.keys()):
             return attempt(before_dispatch, again=True)  # the model function defines such a class when it is called
         return result
 
@@ -290,8 +283,8 @@ def trace(
         found["aux"],
         events,
         found["module_types"],
-        len(closed),
-        _held(closed, model_fn),
+        len(reads.tensors),
+        _held(reads.tensors, recorded.model_fn),
         values,
         watch.numbers,
         stable,

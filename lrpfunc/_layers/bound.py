@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from lrpfunc._errors import RuleError
 from lrpfunc._layers.layer import Kind, Layer
 from lrpfunc._ops.call import call, of
-from lrpfunc._torch import jvp, map_arg, vjp
+from lrpfunc._ops.derivatives import jvp, vjp
+from lrpfunc._torch import map_arg
 
 
 @dataclass(frozen=True)

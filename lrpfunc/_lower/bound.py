@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from lrpfunc._capture.isolation import isolated, surroundings
 from lrpfunc._lower.cut import Programs
 from lrpfunc._lower.joint import Written
-from lrpfunc._torch import constant, hashable, map_arg
+from lrpfunc._ops.symbols import hashable
+from lrpfunc._torch import constant, map_arg
 
 
 class _Expression:

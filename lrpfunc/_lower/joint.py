@@ -35,7 +35,8 @@ from lrpfunc._lower.sizes import Sizes
 from lrpfunc._ops.call import call, operation_name
 from lrpfunc._ops.functions import copied
 from lrpfunc._ops.strided import free_of_layout
-from lrpfunc._torch import aten, hashable, map_arg
+from lrpfunc._ops.symbols import hashable
+from lrpfunc._torch import aten, map_arg
 
 
 @dataclass(eq=False)
@@ -103,12 +104,9 @@ def join(
     copies = dict(zip(placeholders, [*given, *joint.start, *tensors], strict=True))
     for node in traced.graph.nodes:
         if node.op in ("call_function", "get_attr"):
-            copies[node] = _copy(graph, node, copies, sizes)
-        if node.op == "call_function":
-            new = copies[node]
-            new.target, new.kwargs = free_of_layout(new.target, node.args, new.kwargs)
-            if new.target is aten.copy.default:  # torch has no derivative of it
-                new.target = copied
+            target, kwargs = free_of_layout(node.target, node.args, node.kwargs)
+            target = copied if target is aten.copy.default else target  # of which torch has no derivative
+            copies[node] = _copy(graph, node, copies, sizes, target, kwargs)
     joint.early.update(sizes.nodes)
     joint.sizes = sizes.expressions
     (output,) = (node for node in traced.graph.nodes if node.op == "output")
@@ -159,7 +157,7 @@ class Written:
 
 def _written(graph: fx.Graph, node: fx.Node, forward: dict[fx.Node, fx.Node], sizes: Sizes) -> fx.Node:
     if not (node.meta["no_grad"] or node.meta["autocast"] or operation_name(node) in _UNSPEAKABLE):
-        return _copy(graph, node, forward, sizes)
+        return _copy(graph, node, forward, sizes, node.target, node.kwargs)
     found: dict[Any, Any] = {}
     with_sizes((node.args, node.kwargs), lambda size: found.setdefault(size.node.expr, sizes.spelled_size(size)))
     operands = [forward[n] for n in node.all_input_nodes]
@@ -168,10 +166,12 @@ def _written(graph: fx.Graph, node: fx.Node, forward: dict[fx.Node, fx.Node], si
     return new
 
 
-def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], sizes: Sizes) -> fx.Node:
+def _copy(
+    graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node], sizes: Sizes, target: Any, kwargs: dict[str, Any]
+) -> fx.Node:
     """A copy of a node, with nodes in place of the open sizes among its arguments."""
-    args, kwargs = map_arg(sizes.spelled((node.args, node.kwargs)), lambda n: copies.get(n, n))
-    new = graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+    args, kwargs = map_arg(sizes.spelled((node.args, kwargs)), lambda n: copies.get(n, n))  # type: ignore[assignment]
+    new = graph.create_node(node.op, target, args, kwargs, node.name, node.type)
     new.meta = dict(node.meta)
     return new
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
 from lrpfunc._capture.isolation import is_capturing
+from lrpfunc._capture.numbers import has_numbers
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.graph import Graph
 from lrpfunc._layers.layer import Layer
@@ -24,8 +25,9 @@ from lrpfunc._lower.passes import simplify
 from lrpfunc._lower.pieces import Elsewhere, pieced, repeats
 from lrpfunc._lower.retrace import Traced, retrace
 from lrpfunc._ops.call import of
+from lrpfunc._ops.derivatives import vjp
 from lrpfunc._ops.functions import scaled_dot_product_attention
-from lrpfunc._torch import constant, has_numbers, is_differentiated, mapped_over, unseen, vjp
+from lrpfunc._torch import constant, is_differentiated, mapped_over, unseen
 from lrpfunc._walk.assign import Assignment
 from lrpfunc._walk.forward import Forward, on_numbers, relevance, walk
 from lrpfunc._walk.rows import is_apart, within_all

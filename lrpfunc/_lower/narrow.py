@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrpfunc._torch import evaluated
+from lrpfunc._ops.symbols import evaluated
 
 
 def narrowed(

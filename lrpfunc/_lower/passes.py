@@ -43,7 +43,8 @@ from lrpfunc._layers.facts import finite, nonnegative
 from lrpfunc._lower.joint import Joint, Written, returns
 from lrpfunc._ops.call import is_random, of
 from lrpfunc._ops.operator import Kind
-from lrpfunc._torch import aten, hashable
+from lrpfunc._ops.symbols import hashable
+from lrpfunc._torch import aten
 
 
 def simplify(joint: Joint, exact: bool) -> None:

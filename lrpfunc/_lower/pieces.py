@@ -36,7 +36,8 @@ from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.graph import Graph
 from lrpfunc._layers.layer import Layer
 from lrpfunc._lower.retrace import Traced, retrace
-from lrpfunc._torch import OpenGraph, hashable, map_arg
+from lrpfunc._ops.symbols import OpenGraph, hashable
+from lrpfunc._torch import map_arg
 from lrpfunc._walk.assign import Assignment
 from lrpfunc._walk.forward import relevance, walk
 from lrpfunc._walk.propagate import take

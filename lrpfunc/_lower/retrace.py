@@ -32,7 +32,15 @@ from lrpfunc._capture.shapes import inlined
 from lrpfunc._capture.trace import VALUE_DEPENDENT, is_fake
 from lrpfunc._capture.watch import Watch
 from lrpfunc._errors import RuleError, opaque
-from lrpfunc._torch import FakeTensorMode, aten, environment_of, fake_mode, keeping_symbols, make_fx, schema
+from lrpfunc._ops.symbols import environment_of, is_unknown
+from lrpfunc._torch import FakeTensorMode, aten, fake_mode, keeping_symbols, make_fx, schema
+
+_OF_NUMBERS = (
+    "a rule depends on the numbers inside a tensor (`if z.sum() > 0:`, `float(z)`, `x[int(i)]`), which are not known "
+    "when the walk is traced. Write it with torch.where, or with a tensor for an index, or walk operation by "
+    "operation:\n\n"
+    "    lrpfunc.attribute(model_fn, rules, lowered=False)"
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,8 @@ def retrace(
     environment = Environment(rules, transformed=True, remember=True)
 
     def trace() -> fx.GraphModule:
-        environment_of_sizes = environment_of([*tensors, *start])
-        mode = fake_mode(environment_of_sizes)
+        shapes = environment_of([*tensors, *start])
+        mode = fake_mode(shapes)
         # Each is a tensor of its own: a trace takes what is the same object for the same value.
         fakes = [[_fake(tensor, mode) for tensor in group] for group in (tensors, start, environment.tensors)]
 
@@ -77,7 +85,7 @@ def retrace(
                 return walk(tensors, start)
 
         functional: Any = torch.func.functionalize(watched, remove="mutations")
-        with mode, keeping_symbols(None, environment_of_sizes is not None):
+        with mode, keeping_symbols(None, shapes is not None):
             return make_fx(functional, _allow_non_fake_inputs=True, decomposition_table={})(*fakes)
 
     try:
@@ -85,11 +93,7 @@ def retrace(
             module = isolated(trace)
     except Exception as error:
         if type(error).__name__ in VALUE_DEPENDENT:
-            raise RuleError(
-                "a rule depends on the numbers inside a tensor (`if z.sum() > 0:`, `float(z)`), which are not known "
-                "when the walk is traced. Write it with torch.where, or walk operation by operation:\n\n"
-                "    lrpfunc.attribute(model_fn, rules, lowered=False)"
-            ) from error
+            raise RuleError(_OF_NUMBERS) from error
         if isinstance(error, RuntimeError) and ("custom_function_call" in str(error) or "autograd.F" in str(error)):
             raise opaque() from error
         raise
@@ -101,6 +105,8 @@ def retrace(
             "not stop there. Write x.detach(), or walk operation by operation:\n\n"
             "    lrpfunc.attribute(model_fn, rules, lowered=False)"
         )
+    if any(is_unknown(node.meta.get("val")) for node in module.graph.nodes):
+        raise RuleError(_OF_NUMBERS)
     inlined(module.graph)
     for node in module.graph.nodes:
         # A product with a vector ends in this: no new numbers, and what is changed is the trace's own.

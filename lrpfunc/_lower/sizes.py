@@ -32,11 +32,6 @@ class Sizes:
         nodes: Those, and what is computed of them.
     """
 
-    @property
-    def expressions(self) -> dict[fx.Node, Any]:
-        """What each node computes."""
-        return {proxy.node: expression for expression, proxy in self._known.items() if isinstance(proxy, fx.Proxy)}
-
     def __init__(self, graph: fx.Graph, symbols: Sequence[Any]):
         self.inputs = [graph.placeholder(str(symbol)) for symbol in symbols]
         self.nodes = list(self.inputs)
@@ -45,8 +40,15 @@ class Sizes:
             symbol: fx.Proxy(node, tracer) for symbol, node in zip(symbols, self.inputs, strict=True)
         }
 
+    @property
+    def expressions(self) -> dict[fx.Node, Any]:
+        """What each node computes."""
+        return {proxy.node: expression for expression, proxy in self._known.items() if isinstance(proxy, fx.Proxy)}
+
     def spelled(self, value: Any) -> Any:
         """The arguments of an operation, with a node in place of each open size."""
+        if not self.inputs:
+            return value
         return with_sizes(value, self.spelled_size)
 
     def spelled_size(self, size: torch.SymInt) -> Any:

@@ -13,8 +13,9 @@ from torch import fx
 
 from lrpfunc._ops.functions import hardsigmoid, scaled_dot_product_attention
 from lrpfunc._ops.operator import Arguments, Condition, Holds, Operator, holds
+from lrpfunc._ops.symbols import has_open_sizes
 from lrpfunc._ops.table import POINTWISE, TABLE, UNKNOWN
-from lrpfunc._torch import OpOverload, aten, has_open_sizes, overload_name, schema
+from lrpfunc._torch import OpOverload, aten, overload_name, schema
 
 
 def operation_name(node: fx.Node) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lrpfunc import _tree as tree
-from lrpfunc._torch import aten, beyond_first_derivative, is_differentiated, is_mapped, vjp
+from lrpfunc._ops.derivatives import vjp
+from lrpfunc._torch import aten, beyond_first_derivative, is_differentiated, is_mapped
 
 # --------------------------------------------------------------------------------------------------------------
 # What a program has in place of operations that write to a tensor, or that torch cannot differentiate twice
@@ -223,7 +224,10 @@ def _chosen(written: Tensor, base: Tensor, values: Tensor) -> Tensor:
     """`base`, with `values[k]` wherever `written` holds `k`: each place takes what was written there last."""
     if not values.numel():
         return base
-    return torch.where(written < 0, base, values.reshape(-1)[written.clamp(min=0)])
+    places = written.clamp(min=0)
+    return torch.where(
+        written < 0, base, aten.index(values.reshape(-1), [places])
+    )  # `[places]` asks one for its number
 
 
 def index_put_winners(x: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:

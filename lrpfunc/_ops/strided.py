@@ -11,11 +11,13 @@ from torch import Tensor
 
 from lrpfunc._errors import CaptureError
 from lrpfunc._ops.call import argument_of
+from lrpfunc._ops.symbols import has_open_sizes
 from lrpfunc._torch import aten, disable_current_modes
 
-Size = Sequence[int]
+Size = Sequence[Any]
+"""Numbers, or open sizes."""
 
-Layout = tuple[Size, int]
+Layout = tuple[Size, Any]
 """The strides of a tensor, and where it starts in memory."""
 
 
@@ -80,15 +82,25 @@ def free_of_layout(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
         size, stride, offset = (
             argument_of(target, args, kwargs, name) for name in ("size", "stride", "storage_offset")
         )
-        with disable_current_modes():
-            beyond = bool((_places(seen.shape, layout, size, stride, offset, "cpu") < 0).any())
-        if beyond:
+        if _reads_beyond(seen, size, stride, offset):
             raise CaptureError(
                 f"as_strided reads memory beyond the tensor of shape {tuple(seen.shape)} that it is called on, such as "
                 "more of what that is a view of. Call it on the whole tensor"
             )
         return _ON_MEMORY[target], {**kwargs, "layout": layout}
     return target, kwargs
+
+
+def _reads_beyond(seen: Tensor, size: Size, stride: Size, offset: int | None) -> bool:
+    """Whether some of those places in memory hold nothing of a tensor."""
+    layout = seen.stride(), seen.storage_offset()
+    if has_open_sizes(seen) or any(isinstance(n, torch.SymInt) for n in (*size, *stride, offset)):
+        # Whatever the sizes are, if the tensor has no gaps: what is compared here becomes a guard.
+        first, reach = layout[1] if offset is None else offset, _reach(seen.shape, layout[0])
+        has_gaps = math.prod(seen.shape) != reach + 1
+        return bool(has_gaps or first < layout[1] or first + _reach(size, stride) > layout[1] + reach)
+    with disable_current_modes():
+        return bool((_places(seen.shape, layout, size, stride, offset, "cpu") < 0).any())
 
 
 _ON_MEMORY: dict[Any, Any] = {

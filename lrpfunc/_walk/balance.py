@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lrpfunc import _tree as tree
+from lrpfunc._capture.numbers import has_numbers
 from lrpfunc._capture.warned import times
 from lrpfunc._errors import RelevanceWarning, warn
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.graph import Graph
 from lrpfunc._layers.layer import Layer
-from lrpfunc._torch import has_numbers
 from lrpfunc._walk.assign import Assignment
 from lrpfunc._walk.forward import Forward, on_numbers, walk
 from lrpfunc.rules._message import Message

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from lrpfunc import _tree as tree
+from lrpfunc._capture.numbers import has_numbers
 from lrpfunc._errors import InputError
 from lrpfunc._layers.graph import Graph
-from lrpfunc._torch import has_numbers, outside_transforms
+from lrpfunc._torch import outside_transforms
 from lrpfunc.rules._message import Message
 
 Pull = Callable[[Sequence[Message]], Any]

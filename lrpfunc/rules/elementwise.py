@@ -12,7 +12,7 @@ from torch import Tensor
 from lrpfunc._layers.bound import BoundLayer
 from lrpfunc._layers.layer import Kind, Layer
 from lrpfunc._ops.call import named
-from lrpfunc._torch import vjp
+from lrpfunc._ops.derivatives import vjp
 from lrpfunc.rules._message import Form, Message, Multiplier, Relevance, divide
 from lrpfunc.rules._rule import Rule, where_positive
 

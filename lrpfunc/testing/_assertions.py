@@ -11,7 +11,7 @@ from torch.func import vmap
 
 import lrpfunc as lrp
 from lrpfunc import _tree as tree
-from lrpfunc._torch import vjp
+from lrpfunc._ops.derivatives import vjp
 from lrpfunc.composites import as_composite
 from lrpfunc.testing._numbers import (
     ROUNDING,
